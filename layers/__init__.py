@@ -1,0 +1,1 @@
+"""Layers: hyper-parameters, declared parameters and a pure apply."""

@@ -1,0 +1,62 @@
+"""Attention in plain jax.numpy: the definition of truth and the CPU path."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def visible(
+    q_positions: Array,
+    kv_positions: Array,
+    q_segments: Array | None = None,
+    kv_segments: Array | None = None,
+    window: int | None = None,
+) -> Array:
+    """Which keys a query sees: bool [batch or 1, T, S] from int32 [batch or 1, T] and [.., S].
+
+    Causal: 0 <= q - kv, and q - kv < window, so that a window of w keeps w keys with the query's
+    own. A key at a negative position is an empty slot. Segments must be equal.
+    """
+    distance = q_positions[:, :, None] - kv_positions[:, None, :]
+    seen = (distance >= 0) & (kv_positions >= 0)[:, None, :]
+    if window is not None:
+        seen &= distance < window
+    if q_segments is not None and kv_segments is not None:
+        seen &= q_segments[:, :, None] == kv_segments[:, None, :]
+    return seen
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """Softmax(softcap(scale q k) over seen keys and the sink) v, with float32 logits.
+
+    q [batch, T, heads, head]; k, v [batch, S, kv_heads, head]; query head h reads key-value head h
+    // (heads / kv_heads); seen bool [batch or 1, T, S]; sinks [heads], one extra logit per head
+    that takes weight and gives no value. Returns [batch, T, heads, head].
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(seen[:, None, None], logits, MASKED)
+    if sinks is None:
+        weights = jax.nn.softmax(logits, -1)
+    else:
+        sink = sinks.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
+        peak = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), sink))
+        weights = jnp.exp(logits - peak)
+        weights /= weights.sum(-1, keepdims=True) + jnp.exp(sink - peak)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(batch, length, heads, head_dim)

@@ -1,0 +1,152 @@
+"""Softmax attention: multi-head, grouped-query and multi-query, with a decoding cache.
+
+Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from bestiary.kernels.attention import attention
+from bestiary.layers import cache as kv
+from bestiary.layers.base import Array, Aux, Context, Cost, Layer, Param, Tree, layer, weight, zeros
+from bestiary.layers.rope import Rope
+from bestiary.layers.sharding import dot
+
+HEADS = ("batch", "seq", "heads", "head")
+KV_HEADS = ("batch", "seq", "kv_heads", "head")
+
+
+@layer
+class Attention(Layer):
+    """Causal self-attention [batch, seq, dim] -> the same.
+
+    num_kv_heads = num_heads is multi-head attention, 1 is multi-query, between is grouped-query
+    (Ainslie et al. 2023). Raises ValueError when num_heads is not a multiple of num_kv_heads.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope | None = Rope()
+    query_norm: Layer | None = None
+    """Norm over head_dim of every query (QK-norm); key_norm likewise."""
+    key_norm: Layer | None = None
+    window: int | None = None
+    """How many keys a query sees, its own included; None: all before it."""
+    softcap: float | None = None
+    """Bounds the logits to (-c, c) by c tanh(s / c) before masking (Gemma-2)."""
+    sinks: bool = False
+    """One learned logit per head that takes attention and gives no value (gpt-oss)."""
+    scale: float | None = None
+    """Multiplies q k; None: head_dim ** -0.5."""
+    out_gain: float = 1.0
+    """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: {self.window} keys; need at least 1")
+
+    def spec(self) -> Tree:
+        q = (self.dim, self.num_heads, self.head_dim)
+        kv = (self.dim, self.num_kv_heads, self.head_dim)
+        out = (self.num_heads, self.head_dim, self.dim)
+        spec: Tree = {
+            "query": weight(q, ("embed", "heads", "head")),
+            "key": weight(kv, ("embed", "kv_heads", "head")),
+            "value": weight(kv, ("embed", "kv_heads", "head")),
+            "out": weight(out, ("heads", "head", "embed"), inputs=2, gain=self.out_gain),
+        }
+        if self.query_norm:
+            spec["query_norm"] = self.query_norm
+        if self.key_norm:
+            spec["key_norm"] = self.key_norm
+        if self.sinks:
+            spec["sinks"] = Param((self.num_heads,), ("heads",), zeros)
+        return spec
+
+    def cost(self, length: int) -> Cost:
+        """Adds q k and the weighted sum of v: executed over all `length` keys, active over those a
+        query of a full sequence sees on average."""
+        per_key = 4 * self.num_heads * self.head_dim
+        return super().cost(length) + Cost(per_key * length, per_key * self.mean_keys(length))
+
+    def mean_keys(self, length: int) -> float:
+        """Keys seen by a query, averaged over the positions of a sequence."""
+        window = min(self.window or length, length)
+        return window - window * (window - 1) / (2 * length)
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
+        slots = min(length, self.window or length)
+        return kv.kv_cache_spec(batch, slots, self.num_kv_heads, self.head_dim, dtype)
+
+    def apply(
+        self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
+        q = dot("bsd,dnh->bsnh", x, params["query"], out=HEADS)
+        k = dot("bsd,dnh->bsnh", x, params["key"], out=KV_HEADS)
+        v = dot("bsd,dnh->bsnh", x, params["value"], out=KV_HEADS)
+        if self.query_norm:
+            q = self.query_norm.apply(params["query_norm"], q)
+        if self.key_norm:
+            k = self.key_norm.apply(params["key_norm"], k)
+        positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        if cache is None:
+            # in a row of packed documents, order in the row and equal segments say all
+            y = self.attend(
+                params, q, k, v, q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids
+            )
+        else:
+            positions = jnp.broadcast_to(positions, x.shape[:2])
+            new = kv.write(cache, k, v, positions, ctx.segment_ids)
+            overwrites = self.window is not None and x.shape[1] > 1
+            keys = kv.extend(cache, k, v, positions, ctx.segment_ids) if overwrites else new
+            y = self.attend(
+                params,
+                q,
+                keys["k"].astype(q.dtype),
+                keys["v"].astype(q.dtype),
+                q_positions=positions,
+                kv_positions=keys["position"],
+                q_segments=ctx.segment_ids,
+                kv_segments=None if ctx.segment_ids is None else keys["segment"],
+            )
+            cache = new
+        return dot("bsnh,nhd->bsd", y, params["out"]), cache, Aux()
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        """Positions enter queries and keys [batch, seq, heads, head] here."""
+        return x if self.rope is None else self.rope.apply(x, positions)
+
+    def attend(
+        self,
+        params: Tree,
+        q: Array,
+        k: Array,
+        v: Array,
+        q_positions: Array | None = None,
+        kv_positions: Array | None = None,
+        q_segments: Array | None = None,
+        kv_segments: Array | None = None,
+    ) -> Array:
+        """Mixes values [batch, S, kv_heads, head] by queries [batch, T, heads, head] and keys."""
+        return attention(
+            q,
+            k,
+            v,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            window=self.window,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=params.get("sinks"),
+        )

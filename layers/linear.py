@@ -1,0 +1,69 @@
+"""Affine maps and token embeddings."""
+
+import jax.numpy as jnp
+
+from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, normal, weight
+from bestiary.layers.sharding import dot, take
+
+
+@layer
+class Linear(Layer):
+    """y = x W + b: [..., inputs] -> [..., outputs].
+
+    Weight [inputs, outputs], normal with std gain / sqrt(inputs); `axes` are the logical names of
+    its two dimensions.
+    """
+
+    inputs: int
+    outputs: int
+    axes: tuple[str | None, str | None] = ("embed", "mlp")
+    bias: bool = False
+    gain: float = 1.0
+
+    def spec(self) -> Tree:
+        spec = {"weight": weight((self.inputs, self.outputs), self.axes, gain=self.gain)}
+        if self.bias:
+            spec["bias"] = Param((self.outputs,), self.axes[1:])
+        return spec
+
+    def apply(self, params: Tree, x: Array) -> Array:
+        y = dot("...i,io->...o", x, params["weight"])
+        return y + params["bias"].astype(y.dtype) if self.bias else y
+
+
+@layer
+class Embedding(Layer):
+    """Token embedding [vocab_size, dim]; the same table serves as a tied output head.
+
+    `scale` multiplies the looked-up rows (Gemma: sqrt(dim), rounded to the compute type).
+    """
+
+    vocab_size: int
+    dim: int
+    scale: float = 1.0
+    std: float = 0.02
+
+    def spec(self) -> Tree:
+        return {"table": Param((self.vocab_size, self.dim), ("vocab", "embed"), normal(self.std))}
+
+    def cost(self, length: int) -> Cost:
+        """A look-up multiplies nothing and reads one row."""
+        del length
+        table = self.spec()["table"]
+        row = table.nbytes / self.vocab_size
+        return Cost(0, 0, row, row)
+
+    def head_cost(self) -> Cost:
+        """Cost per token of `logits`, the tied head."""
+        table = self.spec()["table"]
+        return Cost(2 * table.size, 2 * table.size, table.nbytes, table.nbytes)
+
+    def apply(self, params: Tree, ids: Array, dtype: str = "float32") -> Array:
+        """Int ids [...] -> [..., dim] in `dtype`; ids outside the vocabulary take the nearest
+        row."""
+        x = take(params["table"], ids, dtype)
+        return x if self.scale == 1.0 else x * jnp.asarray(self.scale, dtype)
+
+    def logits(self, params: Tree, x: Array) -> Array:
+        """[..., dim] -> [..., vocab_size] with the transposed table."""
+        return dot("...d,vd->...v", x, params["table"])

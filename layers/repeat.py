@@ -1,0 +1,108 @@
+"""Depth: a block repeated with stacked parameters and scanned, and unlike blocks in sequence.
+
+No layer knows how often it is repeated. Both keep the token-mixer role: (params, x, ctx, cache) ->
+(y, cache, Aux).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from bestiary.layers.base import Array, Aux, Context, Cost, Layer, Tree, layer, map_params
+
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
+_POLICIES: dict[str, Callable[..., Any]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@layer
+class Chain(Layer):
+    """Layers in sequence, each with parameters of its own: the pattern that `Repeat` repeats."""
+
+    layers: tuple[Layer, ...]
+
+    def spec(self) -> Tree:
+        return {str(i): layer for i, layer in enumerate(self.layers)}
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
+        return {
+            str(i): layer.cache_spec(batch, length, dtype) for i, layer in enumerate(self.layers)
+        }
+
+    def apply(
+        self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        caches, aux = {}, {}
+        for i, member in enumerate(self.layers):
+            name = str(i)
+            member_ctx = (
+                ctx if ctx.key is None else replace(ctx, key=jax.random.fold_in(ctx.key, i))
+            )
+            x, caches[name], aux[name] = member.apply(
+                params[name], x, member_ctx, None if cache is None else cache[name]
+            )
+        return x, None if cache is None else caches, Aux.join(**aux)
+
+
+@layer
+class Repeat(Layer):
+    """`n` copies of `block`: parameters stacked on a leading `layers` axis, applied by `lax.scan`.
+
+    `constants` are per-layer scalars, one tuple of `n` per name, that the block finds in
+    `ctx.layer[name]`. Raises ValueError when a tuple of constants is not `n` long.
+    """
+
+    block: Layer
+    n: int
+    remat: Remat = "none"
+    """What backward recomputes: nothing, everything, all but matmuls, all but parameter matmuls."""
+    unroll: int = 1
+    """How many layers one iteration of the loop holds: n leaves no loop."""
+    constants: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n: {self.n} layers; need at least 1")
+        if self.unroll < 1:
+            raise ValueError(f"unroll: {self.unroll}; need at least 1")
+        for name, values in self.constants:
+            if len(values) != self.n:
+                raise ValueError(
+                    f"constants[{name!r}]: {len(values)} values for {self.n} layers; need one each"
+                )
+
+    def spec(self) -> Tree:
+        return map_params(lambda p: p.stack(self.n), self.block.declare())
+
+    def cost(self, length: int) -> Cost:
+        return self.block.cost(length) * self.n
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
+        return map_params(lambda p: p.stack(self.n), self.block.cache_spec(batch, length, dtype))
+
+    def apply(
+        self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        constants = {name: jnp.asarray(values, jnp.float32) for name, values in self.constants}
+        keys = None if ctx.key is None else jax.random.split(ctx.key, self.n)
+
+        def body(x: Array, xs: tuple) -> tuple[Array, tuple[Tree, Aux]]:
+            params, cache, key, constants = xs
+            y, cache, aux = self.block.apply(
+                params, x, replace(ctx, key=key, layer=constants), cache
+            )
+            return y, (cache, aux)
+
+        if self.remat != "none":
+            # scan already keeps the backward pass from being merged with the forward pass
+            body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[self.remat])
+        xs = (params, cache, keys, constants)
+        x, (cache, aux) = jax.lax.scan(body, x, xs, length=self.n, unroll=min(self.unroll, self.n))
+        losses = jax.tree.map(lambda v: v.sum(0), aux.losses)
+        return x, cache, Aux(losses, aux.metrics, aux.state)

@@ -1,0 +1,158 @@
+"""The decoder-only language model: embedding, patterned blocks, final norm, head."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from bestiary.layers.base import (
+    Array,
+    Aux,
+    Context,
+    Cost,
+    Layer,
+    Param,
+    Precision,
+    Tree,
+    layer,
+    map_params,
+    sum_costs,
+)
+from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.repeat import Repeat
+from bestiary.layers.sharding import shard
+
+STREAM = ("batch", "seq", "embed")
+
+
+@layer
+class Block(Layer):
+    """One residual block: a token mixer, then a feed-forward, each with norms placed around it.
+
+    "pre": x + f(norm(x)); "post": norm(x + f(x)); "sandwich": x + norm(f(norm(x))) (Gemma-2).
+    """
+
+    mixer: Layer
+    ffn: Layer
+    norm: Layer
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+
+    def spec(self) -> Tree:
+        spec: Tree = {"mixer": self.mixer, "ffn": self.ffn}
+        if self.placement != "post":
+            spec |= {"mixer_norm": self.norm, "ffn_norm": self.norm}
+        if self.placement != "pre":
+            spec |= {"mixer_post_norm": self.norm, "ffn_post_norm": self.norm}
+        return spec
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
+        return {"mixer": self.mixer.cache_spec(batch, length, dtype)}
+
+    def apply(
+        self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        def norm(name: str, x: Array) -> Array:
+            return self.norm.apply(params[name], x) if name in params else x
+
+        def residual(x: Array, y: Array, name: str) -> Array:
+            if self.placement == "post":
+                return shard(norm(name, x + y), *STREAM)
+            return shard(x + norm(name, y), *STREAM)
+
+        mixer_cache = None if cache is None else cache["mixer"]
+        y, mixer_cache, mixer_aux = self.mixer.apply(
+            params["mixer"], norm("mixer_norm", x), ctx, mixer_cache
+        )
+        x = residual(x, y, "mixer_post_norm")
+        y, ffn_aux = self.ffn.apply(params["ffn"], norm("ffn_norm", x), ctx)
+        x = residual(x, y, "ffn_post_norm")
+        return (
+            x,
+            None if cache is None else {"mixer": mixer_cache},
+            Aux.join(mixer=mixer_aux, ffn=ffn_aux),
+        )
+
+
+@layer
+class Decoder(Layer):
+    """Token ids [batch, seq] -> logits float32 [batch, seq, vocab_size].
+
+    `head` None ties the output to the embedding. The cache holds, beside the blocks' own, how many
+    tokens each sequence has seen, so that decoding needs no positions.
+    """
+
+    embedding: Embedding
+    blocks: Repeat
+    norm: Layer
+    head: Linear | None = None
+    softcap: float | None = None
+    """Bounds the logits to (-c, c) by c tanh(z / c) (Gemma-2)."""
+    precision: Precision = Precision()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.vocab_size
+
+    def spec(self) -> Tree:
+        spec: Tree = {"embedding": self.embedding, "blocks": self.blocks, "norm": self.norm}
+        return spec if self.head is None else spec | {"head": self.head}
+
+    def declare(self) -> Tree:
+        """As declared by the parts, stored in `precision.params`; non-trained state stays as it
+        is."""
+
+        def stored(p: Param) -> Param:
+            return replace(p, dtype=jnp.dtype(self.precision.params)) if p.trainable else p
+
+        return map_params(stored, super().declare())
+
+    def cost(self, length: int) -> Cost:
+        cost = sum_costs(self.spec(), length)
+        return cost + self.embedding.head_cost() if self.head is None else cost
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = None) -> Tree:
+        dtype = jnp.dtype(self.precision.compute) if dtype is None else dtype
+        return {
+            "seen": Param((batch,), ("batch",), dtype=jnp.int32),
+            "blocks": self.blocks.cache_spec(batch, length, dtype),
+        }
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Tree:
+        return super().init_cache(batch, length, dtype)
+
+    def apply(
+        self, params: Tree, tokens: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        x, cache, aux = self.hidden(params, tokens, ctx, cache)
+        return self.logits(params, x), cache, aux
+
+    def hidden(
+        self, params: Tree, tokens: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        """The final, normalised hidden states [batch, seq, dim]: what the head reads.
+
+        With a cache, tokens at negative `ctx.positions` are padding: they are neither stored nor
+        counted.
+        """
+        x = self.embedding.apply(params["embedding"], tokens, self.precision.compute)
+        x = shard(x, *STREAM)
+        if cache is None:
+            x, _, aux = self.blocks.apply(params["blocks"], x, ctx)
+        else:
+            positions = ctx.positions
+            if positions is None:
+                positions = cache["seen"][:, None] + jnp.arange(tokens.shape[1])
+            ctx = replace(ctx, positions=positions)
+            x, blocks, aux = self.blocks.apply(params["blocks"], x, ctx, cache["blocks"])
+            seen = jnp.maximum(cache["seen"], positions.max(1) + 1)
+            cache = {"seen": seen, "blocks": blocks}
+        return self.norm.apply(params["norm"], x), cache, Aux.join(blocks=aux)
+
+    def logits(self, params: Tree, x: Array) -> Array:
+        """Final hidden states [..., dim] -> float32 [..., vocab_size]."""
+        if self.head is None:
+            z = self.embedding.logits(params["embedding"], x)
+        else:
+            z = self.head.apply(params["head"], x)
+        z = z.astype(jnp.float32)
+        return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)

@@ -7,12 +7,13 @@ needs, such as a library kernel that brings its own gradient.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import PartitionSpec
 
-IMPLS = ("auto", "reference", "tpu", "gpu")
+Impl = Literal["auto", "reference", "tpu", "gpu"]
+IMPLS: tuple[Impl, ...] = get_args(Impl)
 
 
 class Kernel(NamedTuple):
@@ -33,7 +34,7 @@ def dispatch(
     reference: Callable[..., Any],
     tpu: Kernel,
     gpu: Kernel,
-    in_specs: Sequence[PartitionSpec],
+    in_specs: Sequence[PartitionSpec | None],
     out_specs: Any,
 ) -> Any:
     """Runs one operation on `args` by the implementation that `impl` names.
@@ -87,7 +88,7 @@ def from_inputs(forward: Callable, backward: Callable[..., tuple]) -> Callable:
     return lambda *args: run(*vary_alike(*args))
 
 
-def on_shards(f: Callable, in_specs: Sequence[PartitionSpec], out_specs: Any) -> Callable:
+def on_shards(f: Callable, in_specs: Sequence[PartitionSpec | None], out_specs: Any) -> Callable:
     """`f` on each device's shard under the current mesh; `f` itself where nothing is sharded."""
     axes = _free_axes()
     if math.prod(axes.values()) == 1:

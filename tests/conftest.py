@@ -28,25 +28,22 @@ import pytest  # noqa: E402
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 
-def golden_cases(name: str) -> list:
-    """One pytest parameter per `name_*.npz` in the golden folder: arrays by name, hyper-parameters
-    as attributes of `hp`. A folder without such a file gives one skipped case."""
-    paths = sorted(GOLDEN.glob(f"{name}_*.npz"))
-    # `dense_llama_*` must not swallow a longer name such as `dense_llama_model_a`
-    paths = [p for p in paths if "_" not in p.stem.removeprefix(f"{name}_")]
-    if not paths:
-        return [pytest.param(None, marks=pytest.mark.skip(f"no {name}_*.npz in {GOLDEN}"))]
-    return [pytest.param(path, id=path.stem) for path in paths]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`@pytest.mark.golden("spark")` runs a test once per `spark_*.npz` in the golden folder."""
+    if marker := metafunc.definition.get_closest_marker("golden"):
+        name = marker.args[0]
+        # "spark_a" belongs to "spark"; "spark_gemma_a" would not
+        paths = [
+            p for p in sorted(GOLDEN.glob(f"{name}_*.npz")) if p.stem.rpartition("_")[0] == name
+        ]
+        metafunc.parametrize("golden", paths, ids=[p.stem for p in paths], indirect=True)
 
 
-def load_golden(path: Path) -> SimpleNamespace:
-    arrays = dict(np.load(path))
-    return SimpleNamespace(a=arrays, hp=SimpleNamespace(**json.loads(path.with_suffix(".json").read_text())))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _strict():
-    jax.config.update("jax_numpy_rank_promotion", "allow")
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """Arrays by name in `.arrays`, hyper-parameters by name in `.hp`."""
+    hp = json.loads(request.param.with_suffix(".json").read_text())
+    return SimpleNamespace(arrays=dict(np.load(request.param)), hp=hp)
 
 
 @pytest.fixture

@@ -1,0 +1,100 @@
+"""Statistical top-k GLU and its gradient as row-wise kernels, the same for TPU and GPU.
+
+`rowwise` (of `rowwise_tpu` or `rowwise_gpu`) runs the formulas on rows that offer means over the
+features and an elementwise write. The backward pass recomputes the statistics from the scores.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from bestiary.kernels.stat_topk_glu.reference import activate
+
+
+def forward(rowwise, scores, values, quantile, *, ddof, activation):
+    features = scores.shape[-1]
+    (y,), _ = rowwise(
+        partial(_forward, ddof=ddof, activation=activation, features=features),
+        quantile.reshape(1),
+        scores.reshape(-1, features),
+        values.reshape(-1, features),
+        outputs=[scores.dtype],
+        flops=14,
+        transcendentals=1,
+        name="stat_topk_glu_forward",
+    )
+    return y.reshape(scores.shape)
+
+
+def backward(rowwise, scores, values, quantile, d_y, *, ddof, activation):
+    features = scores.shape[-1]
+    (d_scores, d_values), _ = rowwise(
+        partial(_backward, ddof=ddof, activation=activation, features=features),
+        quantile.reshape(1),
+        scores.reshape(-1, features),
+        values.reshape(-1, features),
+        d_y.reshape(-1, features),
+        outputs=[scores.dtype, values.dtype],
+        flops=50,
+        transcendentals=2,
+        name="stat_topk_glu_backward",
+    )
+    d_scores, d_values = d_scores.reshape(scores.shape), d_values.reshape(values.shape)
+    return d_scores, d_values, jnp.zeros_like(quantile)
+
+
+def _forward(rows, scalars, ddof, activation, features):
+    """y = activation(max(s - theta, 0)) * v, theta = mean(s) + std(s) * quantile."""
+    cut, quantile = _threshold(scalars)
+    mean, variance = _moments(rows, ddof, features)
+    shift, floor = _shift(cut, mean + jnp.sqrt(variance) * quantile)
+    rows.write(lambda s, v: [activate(activation, jnp.maximum(s - shift, floor)) * v])
+    return []
+
+
+def _backward(rows, scalars, ddof, activation, features):
+    """With n features, z = s - theta and g = dy:
+
+    dv = g act(z), dz = g v act'(z) [z > 0],
+    ds = dz - mean(dz) (1 + quantile n / (n - ddof) (s - mean(s)) / std(s)).
+    """
+    cut, quantile = _threshold(scalars)
+    mean, variance = _moments(rows, ddof, features)
+    shift, floor = _shift(cut, mean + jnp.sqrt(variance) * quantile)
+
+    def through(s, v, g):
+        z = s - shift
+        kept = jnp.maximum(z, floor)
+        gate, slope = jax.jvp(lambda x: activate(activation, x), (kept,), (jnp.ones_like(kept),))
+        return gate * g, jnp.where(z > floor, slope * v * g, 0.0)
+
+    (d_theta,) = rows.mean(lambda s, v, g: [through(s, v, g)[1]])
+    d_theta = jnp.where(cut, d_theta, 0.0)
+    inverse_std = jnp.where(variance > 0, jax.lax.rsqrt(variance), 0.0)
+    d_std = d_theta * quantile * inverse_std * (features / (features - ddof))
+
+    def d_inputs(s, v, g):
+        d_v, d_z = through(s, v, g)
+        return [d_z - d_theta - d_std * (s - mean), d_v]
+
+    rows.write(d_inputs)
+    return []
+
+
+def _threshold(scalars):
+    """Whether there is a threshold at all, and its quantile (0 if there is none)."""
+    (quantile,) = scalars
+    cut = quantile > -jnp.inf
+    return cut, jnp.where(cut, quantile, 0.0)
+
+
+def _moments(rows, ddof, features):
+    (mean,) = rows.mean(lambda s, *_: [s])
+    (variance,) = rows.mean(lambda s, *_: [(s - mean) * (s - mean)])
+    return mean, variance * (features / (features - ddof))
+
+
+def _shift(cut, theta):
+    """max(s - shift, floor) is the soft threshold at theta, or s itself."""
+    return jnp.where(cut, theta, 0.0), jnp.where(cut, 0.0, -jnp.inf)

@@ -1,1 +1,77 @@
 """Layers: hyper-parameters, declared parameters and a pure apply."""
+
+from bestiary.layers.activations import (
+    Gelu,
+    GeluTanh,
+    PolyNorm,
+    PolyReLU,
+    Relu,
+    ReluSquared,
+    Silu,
+)
+from bestiary.layers.attention import Attention
+from bestiary.layers.base import (
+    Aux,
+    Context,
+    Cost,
+    Count,
+    Layer,
+    Param,
+    Precision,
+    constant,
+    layer,
+    normal,
+    ones,
+    weight,
+    zeros,
+)
+from bestiary.layers.feedforward import GLU, MLP
+from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.norms import LayerNorm, RMSNorm
+from bestiary.layers.repeat import Chain, Repeat
+from bestiary.layers.rope import Rope
+from bestiary.layers.sharding import AXES, DEFAULT_RULES, dot, pspec, shard, take, use_rules
+from bestiary.layers.spark import GaussianGLU, SparkAttention, SparkFFN
+
+__all__ = [
+    "AXES",
+    "DEFAULT_RULES",
+    "GLU",
+    "MLP",
+    "Attention",
+    "Aux",
+    "Chain",
+    "Context",
+    "Cost",
+    "Count",
+    "Embedding",
+    "GaussianGLU",
+    "Gelu",
+    "GeluTanh",
+    "Layer",
+    "LayerNorm",
+    "Linear",
+    "Param",
+    "PolyNorm",
+    "PolyReLU",
+    "Precision",
+    "RMSNorm",
+    "Relu",
+    "ReluSquared",
+    "Repeat",
+    "Rope",
+    "Silu",
+    "SparkAttention",
+    "SparkFFN",
+    "constant",
+    "dot",
+    "layer",
+    "normal",
+    "ones",
+    "pspec",
+    "shard",
+    "take",
+    "use_rules",
+    "weight",
+    "zeros",
+]

@@ -181,28 +181,36 @@ class SparkAttention(Attention):
 
         q [batch, T, heads, head], k [batch, S, kv_heads, head], seen bool [batch or 1, T, S].
         """
+        s1, s2 = self.scores(q, k)
+        kept = self.keep(s1, seen[:, None, None])
+        return jax.nn.softmax(s1, -1, where=kept) * jnp.where(kept, jax.nn.softplus(s2), 0)
+
+    def scores(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """s1 and s2, float32 [batch, kv_heads, heads / kv_heads, T, S]."""
         r, rest = self.predictor_dim, self.head_dim - self.predictor_dim
         q = q.reshape(*q.shape[:2], self.num_kv_heads, -1, self.head_dim)
 
-        def scores(part: slice, scale: float) -> Array:
-            equation = "btkgh,bskh->bkgts"
-            q_part, k_part = q[..., part], k[..., part]
-            s = jnp.einsum(equation, q_part, k_part, preferred_element_type=jnp.float32)
+        def product(part: slice, scale: float) -> Array:
+            operands = q[..., part], k[..., part]
+            s = jnp.einsum("btkgh,bskh->bkgts", *operands, preferred_element_type=jnp.float32)
             return scale * s
 
-        s1 = scores(slice(r), self.predictor_scale or r**-0.5)
-        s2 = scores(slice(r, None), self.value_scale or rest**-0.5)
-        kept = self.keep(s1, seen[:, None, None])
-        return jax.nn.softmax(s1, -1, where=kept) * jnp.where(kept, jax.nn.softplus(s2), 0)
+        s1 = product(slice(r), r**-0.5 if self.predictor_scale is None else self.predictor_scale)
+        s2 = product(slice(r, None), rest**-0.5 if self.value_scale is None else self.value_scale)
+        return s1, s2
 
     def keep(self, s1: Array, seen: Array) -> Array:
         """Which of the seen keys reach the threshold: bool, shaped as the predictor scores `s1`."""
         s1 = jax.lax.stop_gradient(s1)
+        best = jnp.where(seen, s1, -jnp.inf).max(-1, keepdims=True)
+        return seen & (s1 >= jnp.minimum(self.threshold(s1, seen), best))
+
+    def threshold(self, s1: Array, seen: Array) -> Array:
+        """Mean + std Q(1 - k/n) of the n seen scores [..., S] -> [..., 1]; -inf where n <= k."""
         n = seen.sum(-1, keepdims=True)
         mean = jnp.where(seen, s1, 0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
         square = jnp.where(seen, jnp.square(s1 - mean), 0).sum(-1, keepdims=True)
         std = jnp.sqrt(square / jnp.maximum(n - self.ddof, 1))
-        table = normal_quantile(self.top_k, jnp.arange(s1.shape[-1] + 1))  # by n; -inf up to top_k
-        theta = jnp.where(n > self.top_k, mean + std * jnp.maximum(table[n], -1e30), -jnp.inf)
-        best = jnp.where(seen, s1, -jnp.inf).max(-1, keepdims=True)
-        return seen & (s1 >= jnp.minimum(theta, best))
+        first = self.top_k + 1  # up to here all is kept, and the quantile would be -inf
+        by_n = normal_quantile(self.top_k, jnp.maximum(jnp.arange(s1.shape[-1] + 1), first))
+        return jnp.where(n < first, -jnp.inf, mean + std * by_n[n])

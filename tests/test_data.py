@@ -101,7 +101,7 @@ def test_hf_tokenizer(hf_path):
     assert tokenizer.vocab_size == 300 and tokenizer.eos == 0
     assert tokenizer.fingerprint == load_tokenizer(str(hf_path.parent)).fingerprint
     for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
-        assert ids.dtype == np.uint16
+        assert ids.dtype == np.uint16 and tokenizer.eos not in ids
         np.testing.assert_array_equal(ids, tokenizer.encode(text))
         assert tokenizer.decode([*ids, tokenizer.eos, 999]) == text
     assert tokenizer.decode(tokenizer.encode("half \ud83d pair")) == "half ? pair"
@@ -351,6 +351,13 @@ def test_cache_follows_the_source(tmp_path, hf_path):
         assert tokenizer.decode(read_corpus(str(path), tokenizer, "text").tokens) == text
 
 
+def test_cache_follows_the_field(tmp_path, hf_path):
+    tokenizer, path = load_tokenizer(str(hf_path)), tmp_path / "a.jsonl"
+    path.write_text('{"one": "1", "two": "2"}')
+    for field, text in (("one", "1"), ("two", "2")):
+        assert tokenizer.decode(read_corpus(str(path), tokenizer, field).tokens) == text
+
+
 def test_cache_filled_by_many_at_once(tmp_path, hf_path):
     path, tokenizer = tmp_path / "a.txt", load_tokenizer(str(hf_path))
     path.write_text("the theme " * 2000)
@@ -576,6 +583,7 @@ def test_split_shares_nothing(lengths, tail):
     assert len(first) == int((1 - tail) * len(corpus))
     np.testing.assert_array_equal(np.concatenate([first.tokens, last.tokens]), numbered.tokens)
     found = {int(part.tokens[s]) for part in (first, last) for s in part.starts if len(part)}
+    assert all((np.diff(part.starts) > 0).all() for part in (first, last))
     assert found == {*corpus.starts, *([len(first)] if len(last) else [])}
 
 
@@ -631,17 +639,18 @@ def test_no_weighted_target_crosses_a_document():
     batches.close()
 
 
-def test_each_epoch_visits_all_rows_at_another_offset():
-    corpus = Corpus(np.arange(211), np.zeros(1, np.int64))  # 210 = 30 rows of 7
+@pytest.mark.parametrize("size", [211, 215, 217])  # a row needs 7 tokens and the one after
+def test_each_epoch_visits_all_rows_at_another_offset(size):
+    corpus = Corpus(np.arange(size), np.zeros(1, np.int64))
     batches = train_iterator(corpus, Data(length=7, batch_size=6), 3)
     offsets, orders = set(), []
     for _ in range(8):
         epoch = np.concatenate([batch["inputs"] for batch in itertools.islice(batches, 5)])
         first = np.sort(epoch[:, 0])
         offset = first[0]
-        expected = np.minimum(np.arange(30) * 7 + offset, 203)
+        expected = np.minimum(np.arange(30) * 7 + offset, size - 8)
         np.testing.assert_array_equal(first, expected)
-        assert set(epoch.ravel()) == set(range(offset, 210))
+        assert set(epoch.ravel()) == set(range(offset, min(offset + 210, size - 1)))
         offsets.add(int(offset))
         orders.append(tuple(epoch[:, 0] // 7))
     batches.close()

@@ -129,8 +129,7 @@ class HFTokenizer:
         return [np.concatenate([next(ids) for _ in parts]) for parts in cut]
 
     def decode(self, ids: ArrayLike) -> str:
-        ids = np.asarray(ids).ravel()
-        return self._tokenizer.decode(ids[ids < self.vocab_size].astype(int).tolist())
+        return self._tokenizer.decode(np.asarray(ids).ravel().astype(int).tolist())
 
     def decoder(self) -> Decoder:
         return _HFDecoder(self)

@@ -1,0 +1,182 @@
+"""An experiment: one frozen dataclass tree that says all about a training run."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bestiary.layers.base import Tree
+from bestiary.train.data import Data
+from bestiary.train.mesh import Mesh
+from bestiary.train.objective import NextToken
+from bestiary.train.optimizer import Optimizer, Schedule
+from bestiary.zoo.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """When the state is saved and which saved states are kept."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the newest stay."""
+    keep_best: int = 1
+    """How many of the best by validation loss stay beside them."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("keep", 2), ("keep_best", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"checkpoints.{name}: {getattr(self, name)}; need at least {least}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When the validation loss is measured, and on how much."""
+
+    every: int = 250
+    """Steps between evaluations; 0: only after the last step."""
+    batches: int = 0
+    """Batches of the validation split, from its start; 0: all of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation.{name}: {getattr(self, name)}; need 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A training run, from the model to the last checkpoint."""
+
+    model: Decoder
+    data: Data = Data()
+    objective: NextToken = NextToken()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoints: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    steps: int | None = None
+    """Length of the run in optimiser steps."""
+    minutes: float | None = None
+    """Length of the run in wall-clock minutes from the start of the program, compilation and
+    evaluation included; the schedule is fitted to the steps that this allows."""
+    accumulate: int = 1
+    """Micro-batches that one step adds up."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens when a loss or gradient is not finite: stop the run, or leave that step out."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    seed: int = 0
+    """Of the initial parameters and of the order of the data."""
+    run_dir: str | None = None
+    """Where the run is kept; runs/NAME when absent. An interrupted run there is continued."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(
+                f"steps: {self.steps} with minutes {self.minutes}; need exactly one of the two"
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: {self.steps}; need at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes: {self.minutes}; need more than 0")
+        if self.log_every < 1:
+            raise ValueError(f"log_every: {self.log_every}; need at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed}; need 0 or more")
+        if self.accumulate < 1 or self.data.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: {self.accumulate}; need a divisor of "
+                f"data.batch_size {self.data.batch_size}"
+            )
+        if self.data.length % self.objective.chunks:
+            raise ValueError(
+                f"objective.chunks: {self.objective.chunks}; need a divisor of "
+                f"data.length {self.data.length}"
+            )
+
+
+def experiments() -> dict[str, str]:
+    """Name of every experiment in `configs`, and the first line of its docstring."""
+    return {name: (inspect.getdoc(_module(name)) or "").split("\n")[0] for name in _names()}
+
+
+def load_experiment(name: str) -> Experiment:
+    """What `configs/NAME.py` builds. Raises ValueError for an unknown name."""
+    if name not in _names():
+        raise ValueError(f"experiment: unknown {name!r}; known: {', '.join(_names())}")
+    return _module(name).experiment()
+
+
+def _names() -> list[str]:
+    configs = importlib.import_module("bestiary.configs")
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"bestiary.configs.{name}")
+
+
+def to_json(value: Any) -> Tree:
+    """A dataclass tree of this library as JSON values: each object names its class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": kind} | fields
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_json(v) for k, v in value.items()}
+    return value
+
+
+def from_json(value: Tree) -> Any:
+    """The inverse of `to_json`. Raises ValueError for a class or field that the library lacks."""
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {name: from_json(v) for name, v in value.items() if name != "class"}
+    if "class" not in value:
+        return fields
+    module, _, name = str(value["class"]).rpartition(".")
+    try:
+        if not module.startswith("bestiary."):
+            raise ImportError(module)
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"class: this version has no {value['class']!r}") from None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"class: {value['class']!r} is not a part of an experiment")
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := fields.keys() - known:
+        raise ValueError(f"{name}: unknown field {sorted(unknown)[0]!r}; known: {sorted(known)}")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def save_experiment(experiment: Experiment, path: Path) -> None:
+    path.write_text(json.dumps(to_json(experiment), indent=2) + "\n")
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Raises ValueError naming the file when it is missing, malformed or of another version."""
+    try:
+        experiment = from_json(json.loads(path.read_text()))
+    except OSError as error:
+        raise ValueError(f"{path}: not a run's experiment ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{path}: holds no experiment")
+    return experiment

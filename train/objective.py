@@ -1,0 +1,84 @@
+"""Next-token prediction: the loss of every position, z-loss, and the layers' own losses."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bestiary.layers.base import Array, Aux, Context, Tree
+from bestiary.zoo.decoder import Decoder
+
+Batch = dict[str, Any]
+"""inputs, targets, positions, segment_ids int32 [batch, seq]; weights float32 [batch, seq]."""
+
+
+def token_losses(
+    model: Decoder, params: Tree, batch: Batch, *, key: Array | None = None, chunks: int = 1
+) -> tuple[Array, Array, Aux]:
+    """Negative log-likelihood (nats) and log Z of every target: float32 [batch, seq] each, and Aux.
+
+    The logits exist for 1 / `chunks` of the positions at a time, forwards and backwards. Raises
+    ValueError when the sequence does not divide into `chunks`.
+    """
+    ctx = Context(positions=batch["positions"], segment_ids=batch["segment_ids"], key=key)
+    x, _, aux = model.hidden(params, batch["inputs"], ctx)
+
+    def head(x: Array, targets: Array) -> tuple[Array, Array]:
+        logits = model.logits(params, x)
+        log_z = jax.nn.logsumexp(logits, -1)
+        # a masked sum, not a gather: it fuses, and stays local when the vocabulary is sharded
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        return log_z - jnp.where(hit, logits, 0).sum(-1), log_z
+
+    if chunks == 1:
+        return *head(x, batch["targets"]), aux
+    batch_size, length, _ = x.shape
+    if length % chunks:
+        raise ValueError(f"chunks: {chunks} does not divide the sequence length {length}")
+
+    def split(a: Array) -> Array:
+        return a.reshape(batch_size, chunks, -1, *a.shape[2:]).swapaxes(0, 1)
+
+    def one(xs: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jax.checkpoint(head)(*xs)
+
+    nll, log_z = jax.lax.map(one, (split(x), split(batch["targets"])))
+    shape = (batch_size, length)
+    return nll.swapaxes(0, 1).reshape(shape), log_z.swapaxes(0, 1).reshape(shape), aux
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Mean negative log-likelihood of the weighted targets, z-loss, and the layers' own losses."""
+
+    z_loss: float = 0.0
+    """Coefficient of mean (log Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)."""
+    chunks: int = 1
+    """Logits exist for 1/chunks of a row at a time: less memory for large vocabularies."""
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise ValueError(f"objective.z_loss: {self.z_loss}; need 0 or more")
+        if self.chunks < 1:
+            raise ValueError(f"objective.chunks: {self.chunks}; need at least 1")
+
+    def __call__(
+        self, model: Decoder, params: Tree, batch: Batch, key: Array | None = None
+    ) -> tuple[Array, dict[str, Any], Tree]:
+        """The loss summed over weighted targets, the sums and means to report, and next states.
+
+        Sums over parts of a batch add up to that of the whole, so that accumulated gradients are
+        exact; the layers' losses, means themselves, count once per weighted target.
+        """
+        nll, log_z, aux = token_losses(model, params, batch, key=key, chunks=self.chunks)
+        weights = batch["weights"]
+        count = weights.sum()
+        loss = (weights * nll).sum()
+        report = {"loss": loss, "tokens": count}
+        if self.z_loss:
+            loss += self.z_loss * (weights * jnp.square(log_z)).sum()
+        for name, value in aux.losses.items():
+            loss += value * count
+            report[name] = value * count
+        return loss, {"sums": report, "means": aux.metrics}, aux.state

@@ -1,0 +1,175 @@
+"""The training step: state in, state out, compiled once, sharded by declaration."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import jax.sharding as js
+import optax
+
+from bestiary.layers.base import Array, Tree, is_param, map_params
+from bestiary.layers.sharding import pspec
+from bestiary.train.mesh import placed
+
+if TYPE_CHECKING:
+    from bestiary.train.experiment import Experiment
+
+State = dict[str, Any]
+"""params and frozen (parameters that are and are not trained), opt, step (updates done), bad (the
+first step with a non-finite loss or gradient, -1 for none)."""
+
+
+def split(declared: Tree, params: Tree) -> tuple[Tree, Tree]:
+    """Trained parameters and the rest, each as the whole tree with None in the other's places."""
+
+    def part(trainable: bool) -> Tree:
+        return jax.tree.map(
+            lambda p, x: x if p.trainable == trainable else None, declared, params, is_leaf=is_param
+        )
+
+    return part(True), part(False)
+
+
+def merge(trained: Tree, frozen: Tree) -> Tree:
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
+    )
+
+
+def update(tree: Tree, new: Tree) -> Tree:
+    """`tree` with the leaves of `new`, which may hold only some of them."""
+    if not isinstance(new, dict):
+        return new
+    return tree | {name: update(tree[name], child) for name, child in new.items()}
+
+
+def abstract_state(experiment: "Experiment", mesh: js.Mesh) -> State:
+    """Shapes, dtypes and shardings of the state; optimiser moments lie with their parameter."""
+    declared = experiment.model.declare()
+    with placed(mesh, experiment.mesh.table):
+        params, frozen = split(declared, map_params(lambda p: p.abstract(mesh), declared))
+    trained, _ = split(declared, declared)
+    tx = experiment.optimizer.build(trained)
+    replicated = js.NamedSharding(mesh, js.PartitionSpec())
+
+    homes = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # a moment sits in the optimiser's state under its parameter's path; a factored one, or a
+        # count, has another shape
+        suffixes = (homes.get(path[i:]) for i in range(len(path)))
+        home = next((p for p in suffixes if p is not None and p.shape == leaf.shape), None)
+        sharding = replicated if home is None else home.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return {"params": params, "frozen": frozen, "opt": opt, "step": scalar, "bad": scalar}
+
+
+def init_state(experiment: "Experiment", mesh: js.Mesh) -> State:
+    """The state before the first step, born sharded."""
+    model, tx = experiment.model, _transformation(experiment)
+    declared = model.declare()
+
+    def draw(key: Array) -> State:
+        params, frozen = split(declared, model.init(key))
+        state = {"params": params, "frozen": frozen, "opt": tx.init(params)}
+        return state | {"step": jnp.int32(0), "bad": jnp.int32(-1)}
+
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(experiment, mesh))
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(experiment.seed))
+
+
+def batch_sharding(experiment: "Experiment", mesh: js.Mesh) -> js.NamedSharding:
+    """Where the rows of a batch [batch, seq] lie."""
+    with placed(mesh, experiment.mesh.table):
+        return js.NamedSharding(mesh, pspec("batch", "seq", mesh=mesh) or js.PartitionSpec())
+
+
+def abstract_batch(experiment: "Experiment", mesh: js.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of one global batch."""
+    shape = (experiment.data.batch_size, experiment.data.length)
+    sharding = batch_sharding(experiment, mesh)
+    dtypes = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in (dtypes | {"weights": jnp.float32}).items()
+    }
+
+
+def make_step(
+    experiment: "Experiment", mesh: js.Mesh
+) -> Callable[[State, dict, Array], tuple[State, dict]]:
+    """The jitted `step(state, batch, total) -> (state, metrics)`; the state is donated.
+
+    `total` (int32) is the length of the run in steps, which the schedule needs. Metrics are
+    float32: loss (nats per token), tokens, grad_norm, learning_rate, each layer loss by name and,
+    under "layers", what the layers report. A step whose loss or gradient is not finite leaves the
+    state as it was and, in mode "stop", so do all that follow; `bad` holds its number.
+    """
+    tx = _transformation(experiment)
+
+    def step(state: State, batch: dict, total: Array) -> tuple[State, dict]:
+        gradient, report, states = _gradient(experiment, state, batch)
+        norm = optax.tree.norm(gradient)
+        updates, opt = tx.update(gradient, state["opt"], state["params"])
+        rate = experiment.optimizer.learning_rate * experiment.schedule(state["step"], total)
+        params = jax.tree.map(lambda p, u: (p + rate * u).astype(p.dtype), state["params"], updates)
+        new = {"params": params, "frozen": update(state["frozen"], states), "opt": opt}
+        finite = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)
+        good = finite & ((state["bad"] < 0) | (experiment.nonfinite == "skip"))
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        bad = jnp.where(finite | (state["bad"] >= 0), state["bad"], state["step"])
+        new |= {"step": state["step"] + 1, "bad": bad}
+        return new, report | {"grad_norm": norm, "learning_rate": rate}
+
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(experiment, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _gradient(experiment: "Experiment", state: State, batch: dict) -> tuple[Tree, dict, Tree]:
+    """Gradient of the mean loss, what to report, and next states, over all micro-batches."""
+    model, objective = experiment.model, experiment.objective
+    key = jax.random.fold_in(jax.random.key(experiment.seed), state["step"])
+
+    def loss(params: Tree, micro: dict, key: Array) -> tuple[Array, tuple[dict, Tree]]:
+        value, report, states = objective(model, merge(params, state["frozen"]), micro, key)
+        return value, (report, states)
+
+    def one(micro: dict, key: Array) -> tuple[Tree, dict, Tree]:
+        gradient, (report, states) = jax.grad(loss, has_aux=True)(state["params"], micro, key)
+        return gradient, report, states
+
+    n = experiment.accumulate
+    if n == 1:
+        gradient, report, states = one(batch, key)
+        means = report["means"]
+    else:
+        # micro-batch i takes every n-th row, so that each is spread over the devices
+        micro = {name: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+        def add(total: Tree, xs: tuple) -> tuple[Tree, tuple[dict, Tree]]:
+            gradient, report, states = one(*xs)
+            sums = jax.tree.map(jnp.add, total, (gradient, report["sums"]))
+            return sums, (report["means"], states)
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1]["sums"]))
+        (gradient, sums), (means, states) = jax.lax.scan(
+            add, zeros, (micro, jax.random.split(key, n))
+        )
+        report = {"sums": sums}
+        means = jax.tree.map(lambda x: x.mean(0), means)
+        states = jax.tree.map(lambda x: x[-1], states)
+    tokens = jnp.maximum(report["sums"].pop("tokens"), 1)
+    gradient = jax.tree.map(lambda g: (g / tokens).astype(g.dtype), gradient)
+    report = {name: value / tokens for name, value in report["sums"].items()}
+    return gradient, report | {"tokens": tokens, "layers": means}, states
+
+
+def _transformation(experiment: "Experiment") -> optax.GradientTransformation:
+    trained, _ = split(experiment.model.declare(), experiment.model.declare())
+    return experiment.optimizer.build(trained)

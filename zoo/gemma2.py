@@ -60,7 +60,7 @@ def grouped(dim: int, num_heads: int, head_dim: int) -> Attention:
 def gemma2_tiny() -> Decoder:
     """4 layers of width 128 on bytes, for experiments."""
     return gemma2(
-        vocab_size=257,
+        vocab_size=256,
         num_layers=4,
         attention=grouped(128, 4, 32),
         ffn=geglu(128, 384),

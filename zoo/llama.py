@@ -104,7 +104,7 @@ def byte_llama(num_layers: int, dim: int, ffn: Layer | None = None) -> Decoder:
     """A small decoder on bytes and the end of document; `ffn` replaces a SwiGLU of 8/3 dim, rounded
     to a multiple of 64."""
     return llama(
-        vocab_size=257,
+        vocab_size=256,
         num_layers=num_layers,
         attention=multi_head(dim, dim // 32),
         ffn=ffn or swiglu(dim, round(dim * 8 / 3 / 64) * 64),

@@ -1,4 +1,4 @@
-"""Quickstart: a small byte-level Llama on the text that every Python carries, minutes on a laptop.
+"""A small byte-level Llama on the text that every Python carries, minutes on a laptop.
 
 Expect about 1.5 nats per byte after three minutes on two CPU cores.
 """

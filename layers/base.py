@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from bestiary.layers.sharding import pspec
 
@@ -87,7 +87,7 @@ class Param:
 
         return replace(self, shape=(n, *self.shape), axes=(axis, *self.axes), init=init)
 
-    def abstract(self, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
+    def abstract(self, mesh: Mesh | AbstractMesh | None = None) -> jax.ShapeDtypeStruct:
         sharding = None
         if mesh is not None:
             sharding = NamedSharding(mesh, pspec(*self.axes, mesh=mesh) or PartitionSpec())
@@ -145,7 +145,7 @@ class Context:
     positions: int32 [batch, seq], restarting in every document (None: 0, 1, 2, ...).
     segment_ids: int32 [batch, seq], equal inside a document (None: one document).
     key: PRNG key (None: deterministic).
-    layer: this repeat's constants; shared: parameters that all repeats use.
+    layer: the constants of the repeats around it; shared: parameters that all repeats use.
     """
 
     positions: Array | None = None
@@ -211,7 +211,7 @@ class Layer:
         """Draws the parameters; on a mesh they are born sharded."""
         return init(self.declare(), key, mesh)
 
-    def abstract(self, mesh: Mesh | None = None) -> Tree:
+    def abstract(self, mesh: Mesh | AbstractMesh | None = None) -> Tree:
         """Shapes, dtypes and (on a mesh) shardings of the parameters."""
         return abstract(self.declare(), mesh)
 
@@ -292,5 +292,5 @@ def init(declared: Tree, key: Array, mesh: Mesh | None = None) -> Tree:
     return jax.jit(draw, out_shardings=shardings)(key)
 
 
-def abstract(declared: Tree, mesh: Mesh | None = None) -> Tree:
+def abstract(declared: Tree, mesh: Mesh | AbstractMesh | None = None) -> Tree:
     return map_params(lambda p: p.abstract(mesh), declared)

@@ -5,6 +5,7 @@ input ends in one line on stderr and exit status 2.
 """
 
 import contextlib
+import glob
 import importlib
 import io
 import os
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    _quiet_libtpu()
     try:
         if name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
@@ -65,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _quiet_libtpu() -> None:
+    """libtpu without a TPU (the extra [plan]) complains at every start of JAX; these settle it."""
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_WORKER_ID", "0")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def usage() -> str:

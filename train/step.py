@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from bestiary.train.experiment import Experiment
 
 State = dict[str, Any]
-"""params and frozen (parameters that are and are not trained), opt, step (updates done), bad (the
-first step with a non-finite loss or gradient, -1 for none)."""
+"""params and frozen (parameters that are and are not trained), opt, step (batches seen), bad (the
+first step with a non-finite loss or gradient, -1 for none), skipped (how many steps changed
+nothing)."""
 
 
 def split(declared: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -65,7 +66,8 @@ def abstract_state(experiment: "Experiment", mesh: js.Mesh) -> State:
 
     opt = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return {"params": params, "frozen": frozen, "opt": opt, "step": scalar, "bad": scalar}
+    counts = dict.fromkeys(("step", "bad", "skipped"), scalar)
+    return {"params": params, "frozen": frozen, "opt": opt} | counts
 
 
 def init_state(experiment: "Experiment", mesh: js.Mesh) -> State:
@@ -76,7 +78,7 @@ def init_state(experiment: "Experiment", mesh: js.Mesh) -> State:
     def draw(key: Array) -> State:
         params, frozen = split(declared, model.init(key))
         state = {"params": params, "frozen": frozen, "opt": tx.init(params)}
-        return state | {"step": jnp.int32(0), "bad": jnp.int32(-1)}
+        return state | {"step": jnp.int32(0), "bad": jnp.int32(-1), "skipped": jnp.int32(0)}
 
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(experiment, mesh))
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(experiment.seed))
@@ -106,8 +108,8 @@ def make_step(
 
     `total` (int32) is the length of the run in steps, which the schedule needs. Metrics are
     float32: loss (nats per token), tokens, grad_norm, learning_rate, each layer loss by name and,
-    under "layers", what the layers report. A step whose loss or gradient is not finite leaves the
-    state as it was and, in mode "stop", so do all that follow; `bad` holds its number.
+    under "layers", what the layers report; int32: the state's bad and skipped. A step whose loss
+    or gradient is not finite leaves the state as it was and, in mode "stop", so do all that follow.
     """
     tx = _transformation(experiment)
 
@@ -123,11 +125,15 @@ def make_step(
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         bad = jnp.where(finite | (state["bad"] >= 0), state["bad"], state["step"])
-        new |= {"step": state["step"] + 1, "bad": bad}
-        return new, report | {"grad_norm": norm, "learning_rate": rate}
+        skipped = state["skipped"] + ~good
+        new |= {"step": state["step"] + 1, "bad": bad, "skipped": skipped}
+        report |= {"grad_norm": norm, "learning_rate": rate, "bad": bad, "skipped": skipped}
+        return new, report
 
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(experiment, mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # metrics everywhere: any process may read them
+    replicated = js.NamedSharding(mesh, js.PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def _gradient(experiment: "Experiment", state: State, batch: dict) -> tuple[Tree, dict, Tree]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from bestiary.kernels.dispatch import Impl
 from bestiary.kernels.poly_norm import poly_norm
-from bestiary.layers.base import Array, Layer, Param, Tree, constant, layer, zeros
+from bestiary.layers.base import Array, Layer, Param, Tree, constant, layer, positive, zeros
 from bestiary.layers.sharding import pspec
 
 
@@ -63,6 +63,9 @@ class PolyReLU(Layer):
 
     order: int = 3
 
+    def __post_init__(self) -> None:
+        positive(order=self.order)
+
     def spec(self) -> Tree:
         return _polynomial(self.order)
 
@@ -81,6 +84,9 @@ class PolyNorm(Layer):
     order: int = 3
     eps: float = 1e-6
     impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        positive(order=self.order)
 
     def spec(self) -> Tree:
         return _polynomial(self.order)

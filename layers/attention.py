@@ -9,7 +9,19 @@ import jax.numpy as jnp
 
 from bestiary.kernels.attention import attention
 from bestiary.layers import cache as kv
-from bestiary.layers.base import Array, Aux, Context, Cost, Layer, Param, Tree, layer, weight, zeros
+from bestiary.layers.base import (
+    Array,
+    Aux,
+    Context,
+    Cost,
+    Layer,
+    Param,
+    Tree,
+    layer,
+    positive,
+    weight,
+    zeros,
+)
 from bestiary.layers.rope import Rope
 from bestiary.layers.sharding import dot
 
@@ -22,7 +34,8 @@ class Attention(Layer):
     """Causal self-attention [batch, seq, dim] -> the same.
 
     num_kv_heads = num_heads is multi-head attention, 1 is multi-query, between is grouped-query
-    (Ainslie et al. 2023). Raises ValueError when num_heads is not a multiple of num_kv_heads.
+    (Ainslie et al. 2023). Raises ValueError when num_heads is not a multiple of num_kv_heads or the
+    rotated width is odd.
     """
 
     dim: int
@@ -45,12 +58,14 @@ class Attention(Layer):
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
 
     def __post_init__(self) -> None:
+        positive(dim=self.dim, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+        positive(head_dim=self.head_dim, window=self.window)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}"
             )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window: {self.window} keys; need at least 1")
+        if self.rope:
+            self.rope.frequencies(self.head_dim)  # refuses an odd width
 
     def spec(self) -> Tree:
         q = (self.dim, self.num_heads, self.head_dim)
@@ -76,9 +91,9 @@ class Attention(Layer):
         per_key = 4 * self.num_heads * self.head_dim
         return super().cost(length) + Cost(per_key * length, per_key * self.mean_keys(length))
 
-    def mean_keys(self, length: int) -> float:
-        """Keys seen by a query, averaged over the positions of a sequence."""
-        window = min(self.window or length, length)
+    def mean_keys(self, length: int, limit: int | None = None) -> float:
+        """Keys seen by a query (at most `limit`), averaged over the positions of a sequence."""
+        window = min(self.window or length, limit or length, length)
         return window - window * (window - 1) / (2 * length)
 
     def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:

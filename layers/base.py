@@ -231,6 +231,13 @@ class Layer:
         return sum_costs(self.spec(), length)
 
 
+def positive(**fields: int | None) -> None:
+    """Raises ValueError naming a field that is below 1; None stands for no value."""
+    for name, value in fields.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value}; need at least 1")
+
+
 T = TypeVar("T", bound=type)
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Aux, Context, Layer, Tree, layer, weight
+from bestiary.layers.base import Array, Aux, Context, Layer, Tree, layer, positive, weight
 from bestiary.layers.sharding import dot
 
 HIDDEN = ("batch", "seq", "mlp")
@@ -17,6 +17,9 @@ class MLP(Layer):
     activation: Layer
     out_gain: float = 1.0
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
+
+    def __post_init__(self) -> None:
+        positive(dim=self.dim, hidden=self.hidden)
 
     def spec(self) -> Tree:
         return {
@@ -41,6 +44,9 @@ class GLU(Layer):
     activation: Layer
     out_gain: float = 1.0
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
+
+    def __post_init__(self) -> None:
+        positive(dim=self.dim, hidden=self.hidden)
 
     def spec(self) -> Tree:
         return {

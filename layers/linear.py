@@ -1,8 +1,10 @@
 """Affine maps and token embeddings."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, normal, weight
+from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, normal, positive, weight
 from bestiary.layers.sharding import dot, take
 
 
@@ -20,14 +22,18 @@ class Linear(Layer):
     bias: bool = False
     gain: float = 1.0
 
+    def __post_init__(self) -> None:
+        positive(inputs=self.inputs, outputs=self.outputs)
+
     def spec(self) -> Tree:
         spec = {"weight": weight((self.inputs, self.outputs), self.axes, gain=self.gain)}
         if self.bias:
             spec["bias"] = Param((self.outputs,), self.axes[1:])
         return spec
 
-    def apply(self, params: Tree, x: Array) -> Array:
-        y = dot("...i,io->...o", x, params["weight"])
+    def apply(self, params: Tree, x: Array, dtype: Any = None) -> Array:
+        """The result is of `dtype`, by default that of x."""
+        y = dot("...i,io->...o", x, params["weight"], dtype=dtype)
         return y + params["bias"].astype(y.dtype) if self.bias else y
 
 
@@ -42,6 +48,9 @@ class Embedding(Layer):
     dim: int
     scale: float = 1.0
     std: float = 0.02
+
+    def __post_init__(self) -> None:
+        positive(vocab_size=self.vocab_size, dim=self.dim)
 
     def spec(self) -> Tree:
         return {"table": Param((self.vocab_size, self.dim), ("vocab", "embed"), normal(self.std))}
@@ -65,5 +74,5 @@ class Embedding(Layer):
         return x if self.scale == 1.0 else x * jnp.asarray(self.scale, dtype)
 
     def logits(self, params: Tree, x: Array) -> Array:
-        """[..., dim] -> [..., vocab_size] with the transposed table."""
-        return dot("...d,vd->...v", x, params["table"])
+        """[..., dim] -> float32 [..., vocab_size] with the transposed table."""
+        return dot("...d,vd->...v", x, params["table"], dtype=jnp.float32)

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Layer, Param, Tree, layer, ones, zeros
+from bestiary.layers.base import Array, Layer, Param, Tree, layer, ones, positive, zeros
 
 
 @layer
@@ -19,6 +19,9 @@ class RMSNorm(Layer):
     dim: int
     eps: float = 1e-6
     gain: Literal["scale", "offset"] = "scale"
+
+    def __post_init__(self) -> None:
+        positive(dim=self.dim)
 
     def spec(self) -> Tree:
         init = ones if self.gain == "scale" else zeros
@@ -40,6 +43,9 @@ class LayerNorm(Layer):
     dim: int
     eps: float = 1e-5
     bias: bool = True
+
+    def __post_init__(self) -> None:
+        positive(dim=self.dim)
 
     def spec(self) -> Tree:
         spec = {"weight": Param((self.dim,), (None,), ones)}

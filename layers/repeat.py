@@ -6,12 +6,22 @@ No layer knows how often it is repeated. Both keep the token-mixer role: (params
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Aux, Context, Cost, Layer, Tree, layer, map_params
+from bestiary.layers.base import (
+    Array,
+    Aux,
+    Context,
+    Cost,
+    Layer,
+    Tree,
+    layer,
+    map_params,
+    positive,
+)
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 _POLICIES: dict[str, Callable[..., Any]] = {
@@ -67,10 +77,9 @@ class Repeat(Layer):
     constants: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n: {self.n} layers; need at least 1")
-        if self.unroll < 1:
-            raise ValueError(f"unroll: {self.unroll}; need at least 1")
+        positive(n=self.n, unroll=self.unroll)
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat: {self.remat!r}; need one of {', '.join(get_args(Remat))}")
         for name, values in self.constants:
             if len(values) != self.n:
                 raise ValueError(
@@ -94,14 +103,14 @@ class Repeat(Layer):
 
         def body(x: Array, xs: tuple) -> tuple[Array, tuple[Tree, Aux]]:
             params, cache, key, constants = xs
-            y, cache, aux = self.block.apply(
-                params, x, replace(ctx, key=key, layer=constants), cache
-            )
+            here = replace(ctx, key=key, layer=ctx.layer | constants)
+            y, cache, aux = self.block.apply(params, x, here, cache)
             return y, (cache, aux)
 
         if self.remat != "none":
-            # scan already keeps the backward pass from being merged with the forward pass
-            body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[self.remat])
+            # a loop by itself keeps the recomputation from being merged with the forward pass
+            loop = self.unroll < self.n
+            body = jax.checkpoint(body, prevent_cse=not loop, policy=_POLICIES[self.remat])
         xs = (params, cache, keys, constants)
         x, (cache, aux) = jax.lax.scan(body, x, xs, length=self.n, unroll=min(self.unroll, self.n))
         losses = jax.tree.map(lambda v: v.sum(0), aux.losses)

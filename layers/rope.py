@@ -110,9 +110,9 @@ class Rope:
         Raises ValueError for an odd rotated width.
         """
         rotated = int(head_dim * self.fraction)
-        if rotated % 2:
+        if rotated % 2 or not rotated:
             raise ValueError(
-                f"fraction: rotates {rotated} of {head_dim} channels; need an even number"
+                f"fraction: rotates {rotated} of {head_dim} channels; need an even number > 0"
             )
         frequencies = self.theta ** -(np.arange(0, rotated, 2) / rotated)
         return (

@@ -4,6 +4,7 @@ Part of each projection predicts which entries matter; a mean and a standard dev
 give the threshold that keeps about k of them (statistical top-k).
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -13,7 +14,17 @@ from bestiary.kernels.attention import visible
 from bestiary.kernels.dispatch import Impl
 from bestiary.kernels.stat_topk_glu import normal_quantile, stat_topk_glu
 from bestiary.layers.attention import Attention
-from bestiary.layers.base import Array, Aux, Context, Layer, Tree, layer, weight
+from bestiary.layers.base import (
+    Array,
+    Aux,
+    Context,
+    Cost,
+    Layer,
+    Tree,
+    layer,
+    positive,
+    weight,
+)
 from bestiary.layers.feedforward import HIDDEN, nonzero
 from bestiary.layers.sharding import dot, pspec
 
@@ -42,6 +53,7 @@ class SparkFFN(Layer):
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
 
     def __post_init__(self) -> None:
+        positive(dim=self.dim, hidden=self.hidden)
         if not 0 < self.predictor_dim < self.dim:
             raise ValueError(
                 f"predictor_dim: {self.predictor_dim}; need 1 to {self.dim - 1} of dim"
@@ -91,6 +103,7 @@ class GaussianGLU(Layer):
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
+        positive(dim=self.dim, hidden=self.hidden)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity: {self.sparsity}; need 0 <= sparsity < 1")
 
@@ -144,13 +157,22 @@ class SparkAttention(Attention):
             raise ValueError(
                 f"predictor_dim: {self.predictor_dim}; need 1 to {self.head_dim - 1} of head_dim"
             )
-        if self.top_k < 1:
-            raise ValueError(f"top_k: {self.top_k} keys; need at least 1")
-        for name in ("softcap", "scale"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: {getattr(self, name)}; Spark attention takes none")
+        positive(top_k=self.top_k)
+        if self.rope:
+            self.rope.frequencies(self.predictor_dim)
+            self.rope.frequencies(self.head_dim - self.predictor_dim)
+        for name, value in (("softcap", self.softcap), ("scale", self.scale)):
+            if value is not None:
+                raise ValueError(f"{name}: {value}; Spark attention takes none")
         if self.sinks:
             raise ValueError("sinks: True; Spark attention takes none")
+
+    def cost(self, length: int) -> Cost:
+        """Every seen key is scored by the predictor; only the kept ones need s2 and the values."""
+        dense = super().cost(length)
+        rest = 2 * self.head_dim - self.predictor_dim
+        unused = max(self.mean_keys(length) - self.mean_keys(length, self.top_k), 0)
+        return replace(dense, active_flops=dense.active_flops - 2 * self.num_heads * rest * unused)
 
     def rotate(self, x: Array, positions: Array) -> Array:
         r = self.predictor_dim

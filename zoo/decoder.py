@@ -108,7 +108,10 @@ class Decoder(Layer):
 
     def cost(self, length: int) -> Cost:
         cost = sum_costs(self.spec(), length)
-        return cost + self.embedding.head_cost() if self.head is None else cost
+        if self.head is None:
+            cost += self.embedding.head_cost()
+        stored = jnp.dtype(self.precision.params).itemsize / 4  # the parts declare float32
+        return replace(cost, bytes=cost.bytes * stored, active_bytes=cost.active_bytes * stored)
 
     def cache_spec(self, batch: int, length: int, dtype: Any = None) -> Tree:
         dtype = jnp.dtype(self.precision.compute) if dtype is None else dtype
@@ -153,6 +156,5 @@ class Decoder(Layer):
         if self.head is None:
             z = self.embedding.logits(params["embedding"], x)
         else:
-            z = self.head.apply(params["head"], x)
-        z = z.astype(jnp.float32)
+            z = self.head.apply(params["head"], x, jnp.float32)
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bestiary.kernels.dispatch import vary_alike
+
 _THREADS = 128  # of a warpgroup
 _VECTOR_BYTES = 16  # widest load of one thread
 
@@ -17,24 +19,24 @@ _VECTOR_BYTES = 16  # widest load of one thread
 class Rows:
     """One row: what `math` of `rowwise` may do with it."""
 
-    def __init__(
-        self, load: Callable, store: Callable, features: int, chunk: int, inside: Callable
-    ):
-        self._load, self._store, self._inside = load, store, inside
-        self._features, self._chunk = features, chunk
+    def __init__(self, load: Callable, store: Callable, features: int, chunk: int, layout):
+        self._load, self._store = load, store
+        self._features, self._chunk, self._layout = features, chunk, layout
 
     def mean(self, f: Callable) -> list[jax.Array]:
         """Means over the features of each array that `f(*inputs)` returns."""
         full, rest = divmod(self._features, self._chunk)
-        total = list(f(*self._load(0)))
+        zeros = plgpu.layout_cast(jnp.zeros((self._chunk,), jnp.float32), self._layout)
+        total = [zeros] * len(jax.eval_shape(lambda: f(*self._load(0))))
 
         def add(i, total):
             return [t + v for t, v in zip(total, f(*self._load(i * self._chunk)), strict=True)]
 
-        total = jax.lax.fori_loop(1, full, add, total)
+        total = jax.lax.fori_loop(0, full, add, total)
         if rest:
             # The last chunk overlaps its neighbour, so that no access leaves the row.
-            new = self._inside(self._chunk - rest)
+            lane = plgpu.broadcasted_iota(jnp.int32, (self._chunk,), 0, layout=self._layout)
+            new = lane >= self._chunk - rest
             last = f(*self._load(self._features - self._chunk))
             total = [t + jnp.where(new, v, 0.0) for t, v in zip(total, last, strict=True)]
         return [jnp.sum(t) / self._features for t in total]
@@ -83,27 +85,21 @@ def rowwise(
             for ref, value in zip(out_refs, values, strict=True):
                 ref[row, pl.ds(start, chunk)] = value.astype(ref.dtype)
 
-        def inside(first):
-            return plgpu.broadcasted_iota(jnp.int32, (chunk,), 0, layout=layout) >= first
-
-        rows = Rows(load, store, features, chunk, inside)
+        rows = Rows(load, store, features, chunk, layout)
         row_sums = math(rows, [scalar_ref[k] for k in range(scalars.size)])
         for k, value in enumerate(row_sums):
             refs[-1][row, k] = value
 
-    def array(shape, dtype):
-        kind = jax.typeof(inputs[0]).manual_axis_type
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
-
     results = plgpu.kernel(
         kernel,
-        out_type=[array((count, features), dtype) for dtype in outputs]
-        + [array((count, sums), jnp.float32)] * bool(sums),
+        out_type=[jax.ShapeDtypeStruct((count, features), dtype) for dtype in outputs]
+        + [jax.ShapeDtypeStruct((count, sums), jnp.float32)] * bool(sums),
         grid=(count,),
         grid_names=("row",),
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(scalars, *inputs)
+    _, *results = vary_alike(inputs[0], *results)  # Mosaic GPU kernels lose this mark
     total = results[-1].sum(0) if sums else jnp.zeros((0,), jnp.float32)
     return results[: len(outputs)], total
 

@@ -59,6 +59,7 @@ def rowwise(
 
     def kernel(scalar_ref, *refs):
         in_refs, out_refs = refs[: len(inputs)], refs[len(inputs) : len(inputs) + len(outputs)]
+        first = pl.program_id(0) * block
         row = jax.lax.broadcasted_iota(jnp.int32, (strip, 1), 0)
         slot = jax.lax.broadcasted_iota(jnp.int32, (MAX_SUMS, _LANES), 0)
 
@@ -72,7 +73,7 @@ def rowwise(
             rows = Rows([ref[at, :].astype(jnp.float32) for ref in in_refs], write)
             row_sums = math_(rows, [scalar_ref[k] for k in range(scalars.size)])
             # The last block may reach past the last row: what it reads there is arbitrary.
-            inside = pl.program_id(0) * block + i * strip + row < count
+            inside = first + i * strip + row < count
             for k, value in enumerate(row_sums):
                 total += jnp.where(slot == k, jnp.sum(jnp.where(inside, value, 0.0)), 0.0)
             return total
@@ -83,20 +84,16 @@ def rowwise(
         if sums:
             refs[-1][...] = total
 
-    def rows_of(dtype):
-        kind = jax.typeof(inputs[0]).manual_axis_type
-        return jax.ShapeDtypeStruct((count, features), dtype, manual_axis_type=kind)
-
-    def sums_of():
-        kind = jax.typeof(inputs[0]).manual_axis_type
-        shape = (blocks * MAX_SUMS, _LANES)
-        return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
+    def array(shape, dtype):
+        varying = jax.typeof(inputs[0]).manual_axis_type
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
     row_block = pl.BlockSpec((block, features), lambda i: (i, 0))
     sum_block = pl.BlockSpec((MAX_SUMS, _LANES), lambda i: (i, 0))
     results = pl.pallas_call(
         kernel,
-        out_shape=[rows_of(dtype) for dtype in outputs] + [sums_of()] * bool(sums),
+        out_shape=[array((count, features), dtype) for dtype in outputs]
+        + [array((blocks * MAX_SUMS, _LANES), jnp.float32)] * bool(sums),
         grid=(blocks,),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [row_block] * len(inputs),
         out_specs=[row_block] * len(outputs) + [sum_block] * bool(sums),

@@ -15,7 +15,7 @@ TINY = {
     "linear": Case(3, 128, "float32", order=1),
     "quintic": Case(5, 136, "float32", order=5),
     "bfloat16": Case(37, 264, "bfloat16"),
-    "two_blocks": Case(261, 144, "float32", order=2),
+    "quadratic": Case(13, 144, "float32", order=2),
 }
 MODEL = {
     "polycom_1b_dense": Case(8192, 8256, "bfloat16"),

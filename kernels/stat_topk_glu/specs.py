@@ -20,7 +20,6 @@ TINY = {
     "relu": Case(3, 128, "float32", k=40, activation="relu"),
     "silu": Case(11, 160, "float32", k=40, ddof=1, activation="silu"),
     "bfloat16": Case(37, 264, "bfloat16", k=30),
-    "two_blocks": Case(261, 144, "float32", k=14),
     "unthresholded": Case(9, 152, "float32", k=152, activation="silu"),
 }
 MODEL = {

@@ -4,6 +4,7 @@
 features and an elementwise write. The backward pass recomputes the statistics from the scores.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -47,8 +48,8 @@ def backward(rowwise, scores, values, quantile, d_y, *, ddof, activation):
 def _forward(rows, scalars, ddof, activation, features):
     """y = activation(max(s - theta, 0)) * v, theta = mean(s) + std(s) * quantile."""
     cut, quantile = _threshold(scalars)
-    mean, variance = _moments(rows, ddof, features)
-    shift, floor = _shift(cut, mean + jnp.sqrt(variance) * quantile)
+    mean, std, _ = _moments(rows, ddof, features)
+    shift, floor = _shift(cut, mean + std * quantile)
     rows.write(lambda s, v: [activate(activation, jnp.maximum(s - shift, floor)) * v])
     return []
 
@@ -60,18 +61,17 @@ def _backward(rows, scalars, ddof, activation, features):
     ds = dz - mean(dz) (1 + quantile n / (n - ddof) (s - mean(s)) / std(s)).
     """
     cut, quantile = _threshold(scalars)
-    mean, variance = _moments(rows, ddof, features)
-    shift, floor = _shift(cut, mean + jnp.sqrt(variance) * quantile)
+    mean, std, inverse_std = _moments(rows, ddof, features)
+    shift, floor = _shift(cut, mean + std * quantile)
 
     def through(s, v, g):
         z = s - shift
         kept = jnp.maximum(z, floor)
-        gate, slope = jax.jvp(lambda x: activate(activation, x), (kept,), (jnp.ones_like(kept),))
-        return gate * g, jnp.where(z > floor, slope * v * g, 0.0)
+        d_z = jnp.where(z > floor, _slope(activation, kept) * v * g, 0.0)
+        return activate(activation, kept) * g, d_z
 
     (d_theta,) = rows.mean(lambda s, v, g: [through(s, v, g)[1]])
     d_theta = jnp.where(cut, d_theta, 0.0)
-    inverse_std = jnp.where(variance > 0, jax.lax.rsqrt(variance), 0.0)
     d_std = d_theta * quantile * inverse_std * (features / (features - ddof))
 
     def d_inputs(s, v, g):
@@ -90,9 +90,29 @@ def _threshold(scalars):
 
 
 def _moments(rows, ddof, features):
+    """Mean, standard deviation and its inverse (0 for a constant row)."""
     (mean,) = rows.mean(lambda s, *_: [s])
     (variance,) = rows.mean(lambda s, *_: [(s - mean) * (s - mean)])
-    return mean, variance * (features / (features - ddof))
+    variance = variance * (features / (features - ddof))
+    inverse_std = jnp.where(variance > 0, jax.lax.rsqrt(variance), 0.0)
+    return mean, variance * inverse_std, inverse_std
+
+
+def _slope(activation, x):
+    """Derivative of the activation; the kernel languages lack what `jax.jvp` would write."""
+    match activation:
+        case "gelu":
+            density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+            return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5))) + x * density
+        case "gelu_tanh":
+            c = math.sqrt(2 / math.pi)
+            t = jnp.tanh(c * (x + 0.044715 * (x * x * x)))
+            return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * c * (1.0 + 0.134145 * (x * x))
+        case "relu":
+            return jnp.where(x > 0, 1.0, 0.0)
+        case "silu":
+            s = jax.lax.logistic(x)
+            return s * (1.0 + x * (1.0 - s))
 
 
 def _shift(cut, theta):

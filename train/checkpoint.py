@@ -30,8 +30,8 @@ from bestiary.train.experiment import (
 from bestiary.train.mesh import placed
 from bestiary.train.step import State, abstract_state, init_state, merge, split
 
-EXPERIMENT = "experiment.json"
-_FOLDER, _SUMS = "checkpoints", "sums.json"
+EXPERIMENT, FOLDER = "experiment.json", "checkpoints"
+_SUMS = "sums.json"
 _REST = ("opt", "step", "bad", "skipped")
 _ALL_DAMAGED = -2
 
@@ -41,7 +41,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, options: Checkpoints):
         self._options = options
-        self._folder = (run_dir / _FOLDER).resolve()
+        self._folder = (run_dir / FOLDER).resolve()
         self._losses = {step: _loss(run_dir, step) for step in saved_steps(run_dir)}
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -70,18 +70,22 @@ class Saver:
         """Orbax asks which checkpoints stay: the newest and the best."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        measured = [step for step in steps if self._losses.get(step) is not None]
-        best = sorted(measured, key=lambda step: self._losses[step])[: self._options.keep_best]
+        measured = [(loss, s) for s in steps if (loss := self._losses.get(s)) is not None]
+        best = [step for _, step in sorted(measured)[: self._options.keep_best]]
         return [step in {*steps[-self._options.keep :], *best} for step in steps]
 
     def _write(self, items: dict[str, Tree], run: dict[str, Any]) -> None:
         self._losses[run["step"]] = run.get("validation_loss")
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        args["run"] = ocp.args.JsonSave(run)
-        self._manager.save(run["step"], args=ocp.args.Composite(**args), force=True)
+        trees = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        args = ocp.args.Composite(**trees, run=ocp.args.JsonSave(run))
+        self._manager.save(run["step"], args=args, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits, and ends the writing threads."""
         self._manager.close()
 
     def _sum(self) -> None:
@@ -105,16 +109,16 @@ def restore(run_dir: Path, experiment: Experiment, mesh: js.Mesh) -> tuple[State
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step == _ALL_DAMAGED:
-        raise ValueError(f"run_dir: every checkpoint in {run_dir / _FOLDER} is damaged; need one")
+        raise ValueError(f"run_dir: every checkpoint in {run_dir / FOLDER} is damaged; need one")
     for at, reason in damaged.items():
-        aside = _set_aside(run_dir / _FOLDER / str(at))
+        aside = _set_aside(run_dir / FOLDER / str(at))
         print(
             f"checkpoint {at} is damaged ({reason}); moved to {aside}, using {step}",
             file=sys.stderr,
         )
     if step < 0:
         return None
-    folder = run_dir.resolve() / _FOLDER / str(step)
+    folder = run_dir.resolve() / FOLDER / str(step)
     run = json.loads((folder / "run" / "metadata").read_text())
     abstract = abstract_state(experiment, mesh)
     params, rest = _items(abstract)
@@ -154,10 +158,10 @@ def load_run(
     if step is None:
         step, damaged = _newest_sound(run_dir)
         if step == _ALL_DAMAGED:
-            raise ValueError(f"run: every checkpoint in {run_dir / _FOLDER} is damaged; need one")
+            raise ValueError(f"run: every checkpoint in {run_dir / FOLDER} is damaged; need one")
         for at, reason in damaged.items():
             print(f"checkpoint {at} is damaged ({reason}); using {step}", file=sys.stderr)
-    elif reason := _damage(run_dir / _FOLDER / str(step)):
+    elif reason := _damage(run_dir / FOLDER / str(step)):
         raise ValueError(f"step: checkpoint {step} of {path} is damaged ({reason})")
     if mesh is None:
         single = js.SingleDeviceSharding(jax.local_devices()[0])
@@ -170,7 +174,7 @@ def load_run(
             abstract = experiment.model.abstract(mesh)
     with ocp.StandardCheckpointer() as reader:
         return experiment, reader.restore(
-            run_dir.resolve() / _FOLDER / str(step) / "params", abstract
+            run_dir.resolve() / FOLDER / str(step) / "params", abstract
         )
 
 
@@ -191,7 +195,7 @@ def save_run(path: str | Path, experiment: Experiment, params: Tree) -> None:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps that have a checkpoint, rising."""
-    return sorted(int(p.name) for p in (run_dir / _FOLDER).glob("*") if p.name.isdecimal())
+    return sorted(int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdecimal())
 
 
 def _items(state: State) -> tuple[Tree, dict[str, Any]]:
@@ -207,7 +211,7 @@ def _names(state: State) -> list[str]:
 
 def _loss(run_dir: Path, step: int) -> float | None:
     try:
-        run = json.loads((run_dir / _FOLDER / str(step) / "run" / "metadata").read_text())
+        run = json.loads((run_dir / FOLDER / str(step) / "run" / "metadata").read_text())
         return run["validation_loss"]
     except (OSError, ValueError, KeyError, TypeError):  # damaged, or made by save_run
         return None
@@ -220,7 +224,7 @@ def _newest_sound(run_dir: Path) -> tuple[int, dict[int, str]]:
     """
     damaged: dict[int, str] = {}
     for step in reversed(saved_steps(run_dir)):
-        reason = _damage(run_dir / _FOLDER / str(step))
+        reason = _damage(run_dir / FOLDER / str(step))
         if reason is None:
             return step, damaged
         damaged[step] = reason

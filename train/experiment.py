@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -166,7 +167,26 @@ def from_json(value: Tree) -> Any:
 
 
 def save_experiment(experiment: Experiment, path: Path) -> None:
-    path.write_text(json.dumps(to_json(experiment), indent=2) + "\n")
+    """Writes what `read_experiment` reads; the file appears whole."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(to_json(experiment), indent=2) + "\n")
+    beside.replace(path)
+
+
+def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two experiments differ, by dotted path, with the value in each."""
+    before, after = dict(_leaves(to_json(old))), dict(_leaves(to_json(new)))
+    paths = [path for path in before | after if before.get(path) != after.get(path)]
+    return {path: (before.get(path), after.get(path)) for path in paths}
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, (dict, list)) or not value:
+        yield path, value
+        return
+    children = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, child in children:
+        yield from _leaves(child, f"{path}.{name}" if path else str(name))
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -11,6 +11,7 @@ import optax
 from bestiary.layers.base import Array, Tree, is_param, map_params
 from bestiary.layers.sharding import pspec
 from bestiary.train.mesh import placed
+from bestiary.train.objective import token_losses
 
 if TYPE_CHECKING:
     from bestiary.train.experiment import Experiment
@@ -134,6 +135,20 @@ def make_step(
     # metrics everywhere: any process may read them
     replicated = js.NamedSharding(mesh, js.PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def make_evaluation(experiment: "Experiment", mesh: js.Mesh) -> Callable[[State, dict], Array]:
+    """The jitted `evaluation(state, batch)`: the summed loss of the weighted targets, and their
+    weight, as float32 [2]."""
+
+    def evaluation(params: Tree, frozen: Tree, batch: dict) -> Array:
+        model, chunks = experiment.model, experiment.objective.chunks
+        nll, _, _ = token_losses(model, merge(params, frozen), batch, chunks=chunks)
+        return jnp.stack([(batch["weights"] * nll).sum(), batch["weights"].sum()])
+
+    replicated = js.NamedSharding(mesh, js.PartitionSpec())
+    program = jax.jit(evaluation, out_shardings=replicated)
+    return lambda state, batch: program(state["params"], state["frozen"], batch)
 
 
 def _gradient(experiment: "Experiment", state: State, batch: dict) -> tuple[Tree, dict, Tree]:

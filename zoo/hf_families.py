@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bestiary.layers import rope as ropes
 from bestiary.layers.activations import Gelu, GeluTanh, Relu, ReluSquared, Silu
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Layer
@@ -19,52 +18,10 @@ from bestiary.layers.repeat import Chain
 from bestiary.layers.rope import Rope
 from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.gemma2 import gemma2
+from bestiary.zoo.hf_config import Fields, rope_entries, rope_from_fields
 from bestiary.zoo.llama import llama
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Checked access to the entries of a configuration; null counts as absent.
-
-    Every method raises ValueError, naming the entry, its value and what would be right.
-    """
-
-    entries: Mapping[str, Any]
-    where: str = "config.json"
-
-    def wrong(self, name: str, need: str) -> ValueError:
-        return ValueError(f"{self.where}: {name}: {self.entries.get(name)!r}; need {need}")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = _or(self.entries.get(name), default)
-        if type(value) is not int or value < 1:
-            raise self.wrong(name, "a positive integer")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = _or(self.entries.get(name), default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise self.wrong(name, "a positive number")
-        return value
-
-    def number_or_none(self, name: str, default: float) -> float | None:
-        """Here null is not absent: it says that there is none."""
-        return None if self.entries.get(name, default) is None else self.number(name, default)
-
-    def choice(self, name: str, options: Mapping[Any, T], default: Any) -> T:
-        value = _or(self.entries.get(name), default)
-        for option, meaning in options.items():
-            if type(value) is type(option) and value == option:
-                return meaning
-        raise self.wrong(name, f"one of {', '.join(map(repr, options))}")
-
-    def fixed(self, **only: Any) -> None:
-        """Refuses any value but the one that the family's decoder implements."""
-        for name, value in only.items():
-            if _or(self.entries.get(name), value) != value:
-                raise self.wrong(name, f"{value!r}: nothing else is supported")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +63,8 @@ BLOCK_NAMES = {
     "head/weight": "lm_head.weight",
 }
 
+ALTERNATING = ["sliding_attention", "full_attention"]
+
 
 def llama_decoder(f: Fields) -> Decoder:
     f.fixed(attention_bias=False, mlp_bias=False)
@@ -141,9 +100,12 @@ def gemma2_decoder(f: Fields) -> Decoder:
     layers = f.integer("num_hidden_layers")
     if layers % 2:
         raise f.wrong("num_hidden_layers", "an even number: windows alternate")
-    alternating = ["sliding_attention", "full_attention"] * (layers // 2)
-    if _or(f.entries.get("layer_types"), alternating) != alternating:
-        raise f.wrong("layer_types", f"{alternating[0]!r} and {alternating[1]!r} in turn")
+    types = f.entries.get("layer_types")
+    # lengths first: a wrong number of layers must not build a list as long
+    if types is not None and (
+        not isinstance(types, list) or len(types) != layers or types != ALTERNATING * (layers // 2)
+    ):
+        raise f.wrong("layer_types", f"{ALTERNATING} {layers // 2} times")
     attention = grouped_attention(f, num_kv_heads=4, head_dim=256)
     scalar = f.number("query_pre_attn_scalar", 256)
     return gemma2(
@@ -170,7 +132,7 @@ def gemma2_config(model: Decoder) -> dict[str, Any]:
     return config | {
         "num_hidden_layers": 2 * model.blocks.n,
         "sliding_window": attention.window,
-        "layer_types": ["sliding_attention", "full_attention"] * model.blocks.n,
+        "layer_types": ALTERNATING * model.blocks.n,
         "attn_logit_softcapping": attention.softcap,
         "final_logit_softcapping": model.softcap,
         "query_pre_attn_scalar": attention.head_dim if scale is None else round(scale**-2),
@@ -249,69 +211,3 @@ def part(whole: Any, path: str, kind: type[T]) -> T:
     if type(x) is not kind:
         raise ValueError(f"{path}: {type(x).__name__}, not {kind.__name__}")
     return x
-
-
-SCALINGS: dict[str, tuple[type[ropes.Scaling], dict[str, str]] | None] = {
-    "default": None,
-    "linear": (ropes.Linear, {"factor": "factor"}),
-    "llama3": (
-        ropes.Llama3,
-        {
-            "factor": "factor",
-            "original_length": "original_max_position_embeddings",
-            "low_factor": "low_freq_factor",
-            "high_factor": "high_freq_factor",
-        },
-    ),
-    "yarn": (
-        ropes.Yarn,
-        {
-            "factor": "factor",
-            "original_length": "original_max_position_embeddings",
-            "beta_fast": "beta_fast",
-            "beta_slow": "beta_slow",
-            "mscale": "attention_factor",
-        },
-    ),
-}
-
-
-def rope_from_fields(f: Fields) -> Rope:
-    """`rope_theta` with `rope_scaling` (transformers 4) or all in `rope_parameters` (5)."""
-    f.fixed(partial_rotary_factor=1.0)
-    name = "rope_scaling" if f.entries.get("rope_scaling") else "rope_parameters"
-    entries = _or(f.entries.get(name), {})
-    if not isinstance(entries, dict) or any(isinstance(v, dict) for v in entries.values()):
-        raise f.wrong(name, "one flat object for all layers")
-    r = Fields({"rope_theta": f.entries.get("rope_theta")} | entries, f"{f.where}: {name}")
-    r.fixed(partial_rotary_factor=1.0, truncate=True)
-    kind = "rope_type" if "rope_type" in entries else "type"
-    scaling, names = r.choice(kind, SCALINGS, "default") or (None, {})
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
-    for entry in entries.keys() - known - set(names.values()):
-        r.fixed(**{entry: None})
-    values = {}
-    for field, entry in names.items():
-        if entry == "original_max_position_embeddings":
-            # transformers gives the entry beside the rope's own the last word
-            for holder, at in ((f, entry), (r, entry), (f, "max_position_embeddings")):
-                if holder.entries.get(at) is not None or at != entry:
-                    values[field] = holder.integer(at)
-                    break
-        elif entry == "factor" or r.entries.get(entry) is not None:
-            values[field] = r.number(entry)
-    return Rope(theta=r.number("rope_theta", 10000.0), scaling=scaling and scaling(**values))
-
-
-def rope_entries(rope: Rope) -> dict[str, Any]:
-    """The form of transformers 4, which 5 reads as well."""
-    for kind, known in SCALINGS.items():
-        if known and type(rope.scaling) is known[0]:
-            values = {entry: getattr(rope.scaling, field) for field, entry in known[1].items()}
-            values = {entry: value for entry, value in values.items() if value is not None}
-            return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": kind} | values}
-    return {"rope_theta": rope.theta, "rope_scaling": None}
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

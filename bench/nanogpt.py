@@ -9,9 +9,12 @@ batch 12, no dropout, no biases, tied head, AdamW (0.9, 0.99), weight decay 0.1,
 
 import argparse
 import math
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -88,35 +91,110 @@ def peer_step(vocab: int = VOCAB) -> tuple[Peer, Callable[[Tensor, Tensor, float
     return model, step
 
 
-# WIRE IN HERE: the same shape, optimiser and batch through the library's own training step.
 def bestiary_step() -> Callable[[], object]:
-    """A function that runs one bestiary training step and waits for its result."""
-    raise NotImplementedError("the bestiary training step is not wired into this bench yet")
+    """One training step of the library at the same shape; rotary in place of learned positions.
+
+    Like a run, it does not wait for its metrics.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from bestiary.layers import MLP, Attention, Embedding, GeluTanh, LayerNorm, Repeat
+    from bestiary.train.data import Data
+    from bestiary.train.experiment import Experiment
+    from bestiary.train.mesh import placed
+    from bestiary.train.optimizer import Optimizer, Schedule
+    from bestiary.train.step import init_state, make_step
+    from bestiary.zoo.decoder import Block, Decoder
+
+    norm = LayerNorm(dim=WIDTH, bias=False)
+    attention = Attention(dim=WIDTH, num_heads=HEADS, num_kv_heads=HEADS, head_dim=WIDTH // HEADS)
+    ffn = MLP(dim=WIDTH, hidden=4 * WIDTH, activation=GeluTanh())
+    block = Block(mixer=attention, ffn=ffn, norm=norm)
+    experiment = Experiment(
+        model=Decoder(
+            embedding=Embedding(vocab_size=VOCAB, dim=WIDTH),
+            blocks=Repeat(block=block, n=LAYERS, unroll=LAYERS),
+            norm=norm,
+        ),
+        data=Data(length=CONTEXT, batch_size=BATCH),
+        optimizer=Optimizer(learning_rate=PEAK, b2=0.99),
+        schedule=Schedule(),
+        steps=2000,
+    )
+    mesh = experiment.mesh.build()
+    state, step = init_state(experiment, mesh), make_step(experiment, mesh)
+    random = np.random.default_rng(0)
+    tokens = random.integers(VOCAB, size=(BATCH, CONTEXT + 1), dtype=np.int32)
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.broadcast_to(np.arange(CONTEXT, dtype=np.int32), (BATCH, CONTEXT)),
+        "segment_ids": np.ones((BATCH, CONTEXT), np.int32),
+        "weights": np.ones((BATCH, CONTEXT), np.float32),
+    }
+    batch, total = jax.device_put(batch), jnp.int32(2000)
+
+    def run() -> object:
+        nonlocal state
+        with placed(mesh, experiment.mesh.table):
+            state, metrics = step(state, batch, total)
+        return metrics["loss"]
+
+    return run
+
+
+def torch_step() -> Callable[[], object]:
+    torch.manual_seed(1337)
+    torch.set_num_threads(2)
+    _, step = peer_step()
+    inputs, targets = torch.randint(VOCAB, (2, BATCH, CONTEXT))
+    return lambda: step(inputs, targets, PEAK)
+
+
+def worker(pipe: Connection, build: Callable[[], Callable[[], object]]) -> None:
+    """Times as many steps as it is told, until it is told none."""
+    run = build()
+    while steps := pipe.recv():
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = run()
+        float(result)  # type: ignore[arg-type]  # waits
+        pipe.send((time.perf_counter() - start) / steps * 1e3)
 
 
 def compare(rounds: int, steps: int) -> None:
-    _, step = peer_step()
-    inputs, targets = torch.randint(VOCAB, (2, BATCH, CONTEXT))
-    programs: dict[str, Callable[[], object]] = {"pytorch": lambda: step(inputs, targets, PEAK)}
-    try:
-        programs["bestiary"] = bestiary_step()
-    except NotImplementedError as reason:
-        print(reason)
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for run in programs.values():
-        for _ in range(3):
-            run()
-    for _ in range(rounds):
-        for name, run in programs.items():
-            start = time.perf_counter()
-            for _ in range(steps):
-                run()
-            times[name].append((time.perf_counter() - start) / steps * 1e3)
+    """Milliseconds per step, the programs taking turns in processes of their own.
+
+    Both keep freed memory (glibc would hand it back to the kernel after every step).
+    """
+    os.environ |= {
+        "MALLOC_MMAP_THRESHOLD_": "2000000000",
+        "MALLOC_TRIM_THRESHOLD_": "4000000000",
+        "MALLOC_TOP_PAD_": "400000000",
+    }
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    workers = []
+    for name, build in (("pytorch", torch_step), ("bestiary", bestiary_step)):
+        pipes[name], theirs = context.Pipe()
+        workers.append(context.Process(target=worker, args=(theirs, build)))
+        workers[-1].start()
+    times: dict[str, list[float]] = {name: [] for name in pipes}
+    for turn in range(rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send(steps)
+            milliseconds = pipe.recv()
+            if turn:  # the first is for compilation
+                times[name].append(milliseconds)
+    for pipe, process in zip(pipes.values(), workers, strict=True):
+        pipe.send(0)
+        process.join()
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
         print(f"{name:10s} {median:8.2f} ms per step (best {min(times[name]):.2f})")
-    if "bestiary" in medians:
-        print(f"bestiary / pytorch = {medians['bestiary'] / medians['pytorch']:.3f}")
+    print(f"bestiary / pytorch = {medians['bestiary'] / medians['pytorch']:.3f}")
 
 
 def learning_rate(iteration: int, iterations: int) -> float:
@@ -154,9 +232,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    torch.manual_seed(1337)
-    torch.set_num_threads(2)
     if arguments.train:
+        torch.manual_seed(1337)
+        torch.set_num_threads(2)
         train(arguments.train, arguments.iterations)
     else:
         compare(arguments.rounds, arguments.steps)

@@ -1,0 +1,173 @@
+"""Evaluation: how well a model predicts text, and how many activations it uses to do so."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from numpy.typing import ArrayLike
+
+from bestiary.layers.base import Array, Tree, flatten
+from bestiary.train.data import load, validation_batches
+from bestiary.train.objective import Batch, token_losses
+from bestiary.train.tokenizer import Tokenizer
+from bestiary.zoo.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` measured."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    """Comparable between tokenisers; nan when the targets stand for no bytes."""
+    perplexity: float
+    tokens: int
+    bytes: int
+    nonzero: dict[str, list[float]]
+    """Share of non-zero activations by path in the model, with a value per repeated layer."""
+
+
+def evaluate(
+    model: Decoder, params: Tree, batches: Iterable[Batch], token_bytes: ArrayLike
+) -> Evaluation:
+    """Measures `model` on batches of equal shape, in one compiled program.
+
+    The host reads the sums of a batch while the device computes the next. Activation shares are
+    means over all the positions of a batch, averaged over batches by their weight.
+
+    Args:
+      batches: dicts of [batch, T] arrays: int32 inputs, targets, positions, segment_ids; float32
+        weights, 0 where a target does not count.
+      token_bytes: [vocab], how many bytes of text each token stands for (see `count_bytes`).
+
+    Raises:
+      ValueError: when no target counts.
+    """
+    token_bytes = jnp.asarray(token_bytes, jnp.int32)
+    nats = weight = num_bytes = 0.0
+    shares: dict[str, np.ndarray] = {}
+
+    def add(sums: Tree) -> None:
+        nonlocal nats, weight, num_bytes
+        sums = jax.device_get(sums)
+        nats, weight = nats + float(sums["nats"]), weight + float(sums["weight"])
+        num_bytes += float(sums["bytes"])
+        for path, share in sums["nonzero"].items():
+            shares[path] = shares.get(path, 0.0) + np.float64(sums["weight"]) * share
+
+    running = None
+    for batch in batches:
+        following = batch_sums(model, params, batch, token_bytes)
+        if running is not None:
+            add(running)
+        running = following
+    if running is not None:
+        add(running)
+    if not weight:
+        raise ValueError("batches: no target has a weight above 0; need at least one")
+    loss = nats / weight
+    return Evaluation(
+        nats_per_token=loss,
+        bits_per_byte=nats / math.log(2) / (num_bytes or math.nan),
+        perplexity=float(np.exp(loss)),
+        tokens=round(weight),
+        bytes=round(num_bytes),
+        nonzero={path: np.ravel(share / weight).tolist() for path, share in shares.items()},
+    )
+
+
+@jax.jit
+def batch_sums(model: Decoder, params: Tree, batch: Batch, token_bytes: Array) -> Tree:
+    """Weighted sums over a batch: "nats", "weight", "bytes", and its "nonzero" shares by path."""
+    nll, _, aux = token_losses(model, params, batch)
+    weights = batch["weights"]
+    return {
+        "nats": (weights * nll).sum(),
+        "weight": weights.sum(),
+        "bytes": (weights * token_bytes[batch["targets"]]).sum(),
+        "nonzero": {p: v for p, v in flatten(aux.metrics) if p.endswith("nonzero")},
+    }
+
+
+def count_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """How many bytes of UTF-8 each token stands for: int32 [vocab_size]; 0 for those without text.
+
+    A token that holds part of a character counts 1: exact for bytes, at most 2 too few for others.
+    """
+    context = tokenizer.encode("a")  # a word's leading space shows only behind something
+
+    def size(token: int) -> int:
+        decoder = tokenizer.decoder()
+        decoder.decode(context)
+        text = decoder.decode([token], final=True)
+        return sum(1 if char == "\ufffd" else len(char.encode()) for char in text)
+
+    return np.array([size(token) for token in range(vocab_size)], np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a trained model on held-out text."""
+
+    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    data_path: Annotated[str | None, tyro.conf.arg(name="data.path")] = None
+    """Other text, all of it, in any form that training takes; the run's validation split when
+    absent."""
+    steps: int | None = None
+    """How many batches, from the start; all when absent."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: {self.steps}; need at least 1")
+
+
+def run(command: Evaluate) -> None:
+    """`bestiary eval`. Raises ValueError for a directory that holds no readable run, or text that
+    cannot be read."""
+    from bestiary.train.checkpoint import load_run
+
+    experiment, params = load_run(command.run_dir)
+    data = experiment.data
+    if command.data_path is not None:
+        data = dataclasses.replace(data, path=command.data_path, validation_fraction=1.0)
+    tokenizer, _, validation = load(data)
+    result = evaluate(
+        experiment.model,
+        params,
+        islice(validation_batches(validation, data), command.steps),
+        count_bytes(tokenizer, experiment.model.vocab_size),
+    )
+    if command.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        show(result)
+
+
+def show(result: Evaluation) -> None:
+    """Prints tables for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    summary = Table("measure", "value", title="Prediction")
+    for name, value in dataclasses.asdict(result).items():
+        if name != "nonzero":
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            summary.add_row(name.replace("_", " "), text)
+    console.print(summary)
+    if result.nonzero:
+        layers = Table("layers", "first to last", title="Share of non-zero activations")
+        for path, shares in result.nonzero.items():
+            layers.add_row(path.removesuffix("/nonzero"), " ".join(f"{s:.1%}" for s in shares))
+        console.print(layers)

@@ -41,7 +41,8 @@ def dispatch(
 
     "auto" takes, for the platform being lowered for, the kernel that can serve, else the
     reference. Kernels run shard by shard under the current mesh, as `in_specs` say; the reference
-    is left to the partitioner. Only the reference can be differentiated in forward mode.
+    is left to the partitioner. Only `impl="reference"` can be differentiated in forward mode and,
+    on accelerators, twice.
 
     Raises:
       ValueError: unknown `impl`.

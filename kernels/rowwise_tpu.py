@@ -71,7 +71,7 @@ def rowwise(
                     ref[at, :] = value.astype(ref.dtype)
 
             rows = Rows([ref[at, :].astype(jnp.float32) for ref in in_refs], write)
-            row_sums = math_(rows, [scalar_ref[k] for k in range(scalars.size)])
+            row_sums = math_(rows, [scalar_ref[0, k] for k in range(scalars.size)])
             # The last block may reach past the last row: what it reads there is arbitrary.
             inside = first + i * strip + row < count
             for k, value in enumerate(row_sums):
@@ -106,7 +106,7 @@ def rowwise(
             bytes_accessed=count * features * sum(jnp.dtype(dtype).itemsize for dtype in dtypes),
         ),
         name=name,
-    )(scalars, *inputs)
+    )(scalars[None], *inputs)  # two dimensions: a block that `vmap` may stack
     total = jnp.zeros((0,), jnp.float32)
     if sums:
         total = results[-1].reshape(blocks, MAX_SUMS, _LANES)[:, :sums, 0].sum(0)

@@ -208,6 +208,29 @@ def test_schedule_rides_through_scan_and_remat(impl):
         assert_close(g, r, "float32", scale=5)
 
 
+def experts(x, weight, bias, quantile, impl):
+    """Both operations on stacked experts, each with its own scalars."""
+
+    def one(x, weight, bias, quantile):
+        h = poly_norm(x, weight, bias, impl=impl)
+        return h + stat_topk_glu(h, x, quantile=quantile, impl=impl)
+
+    return jax.vmap(one)(x, weight, bias, quantile).sum()
+
+
+def test_vmap_equals_loop(impl):
+    x, weight, bias = normal(0, (3, 5, 136)), normal(1, (3, 2)), normal(2, (3,))
+    quantile = jnp.array([0.5, -jnp.inf, 1.5])
+    grad = jax.value_and_grad(experts, argnums=(0, 1, 2))
+    got = jax.jit(partial(grad, impl=impl))(x, weight, bias, quantile)
+    each = [
+        grad(*(a[i : i + 1] for a in (x, weight, bias, quantile)), "reference") for i in range(3)
+    ]
+    assert_close(got[0], sum(value for value, _ in each), "float32", scale=5)
+    for g, *parts in zip(got[1], *(grads for _, grads in each), strict=True):
+        assert_close(g, np.concatenate(parts), "float32")
+
+
 @contextlib.contextmanager
 def races_and_bounds_checked(capfd):
     """Two simulated cores; a race raises (newer JAX) or is printed (0.10)."""

@@ -130,6 +130,18 @@ def test_every_shape_compiles_for_v5e(tpu_devices, program, case):
 
 
 @pytest.mark.parametrize("tpu_devices", ["v5e"], indirect=True)
+def test_stacked_experts_compile_for_tpu(tpu_devices):
+    def f(x, weight, bias, quantile):
+        h = jax.vmap(poly_norm)(x, weight, bias)
+        return jax.vmap(lambda s, v, q: stat_topk_glu(s, v, quantile=q))(h, x, quantile).sum()
+
+    shapes = [(4, 24, 1536), (4, 3), (4,), (4,)]
+    arguments = [on(tpu_devices[0], shape, "float32") for shape in shapes]
+    text = compiled(jax.grad(f, argnums=(0, 1, 2)), arguments)
+    assert text.count('custom_call_target="tpu_custom_call"') == 3  # no use for the last value
+
+
+@pytest.mark.parametrize("tpu_devices", ["v5e"], indirect=True)
 @pytest.mark.parametrize("split_features", [False, True])
 def test_compiles_for_a_tpu_mesh(tpu_devices, split_features):
     """Whole rows: one kernel per chip and an all-reduce of weight gradients. Split rows: none."""

@@ -87,10 +87,11 @@ class Clock:
     def _overhead(self, step: int) -> float:
         """Seconds of the evaluations and saves to come."""
         evaluations, saves = self._experiment.evaluation, self._experiment.checkpoints
-        rest = 0.0
+        rest = _FINISH
         for kind, every in (("evaluation", evaluations.every), ("save", saves.every)):
-            # until one is measured: about a compilation
-            seconds = self._pauses.get(kind, self.compile_seconds)
-            count = 1 if not every else max(1, -(-self.total // every) - step // every)
-            rest += seconds * count
-        return rest + _FINISH
+            if kind in self._pauses:
+                count = 1 if not every else max(1, -(-self.total // every) - step // every)
+                rest += self._pauses[kind] * count
+            elif kind == "evaluation":
+                rest += self.compile_seconds  # it is compiled first, in less time than the step
+        return rest

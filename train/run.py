@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from bestiary.train.experiment import (
 from bestiary.train.log import Line, Log, layer_metrics
 from bestiary.train.mesh import placed
 from bestiary.train.placement import batch_part, check
-from bestiary.train.runtime import Signals, start
+from bestiary.train.runtime import Signals, locked, start
 from bestiary.train.step import (
     State,
     abstract_batch,
@@ -90,7 +91,8 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
     """
     started = time.monotonic() if started is None else started
     run_dir = Path(experiment.run_dir or f"runs/{name}")
-    with Signals() as signals:
+    main = jax.process_index() == 0
+    with Signals() as signals, ExitStack() as held:
         mesh = experiment.mesh.build()
         check(experiment, mesh)
         tokenizer, corpus, validation = load(experiment.data)
@@ -99,19 +101,19 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
                 f"data.tokenizer: {experiment.data.tokenizer!r} has {tokenizer.vocab_size} tokens; "
                 f"need at most the model's vocab_size {experiment.model.vocab_size}"
             )
-        if jax.process_index() == 0:
+        if main:
             _claim(run_dir, experiment, name)
+            held.enter_context(locked(run_dir))
         restored = restore(run_dir, experiment, mesh)
         state, run = restored or (init_state(experiment, mesh), {"step": 0})
-        if jax.process_index() == 0 and run["step"]:
-            done = run["step"] == run.get("total")
-            what = "is finished" if done else "goes on"
+        if main and run["step"]:
+            what = "is finished" if run["step"] == run["total"] else "goes on"
             print(f"{run_dir} {what} after step {run['step']}", flush=True)
         loop = _Loop(experiment, mesh, run_dir, signals, run, started)
         with placed(mesh, experiment.mesh.table):
             state = loop.go(state, corpus, validation)
-    if jax.process_index() == 0:
-        draw(run_dir)
+        if main:
+            draw(run_dir)
     if jax.process_count() == 1:
         text = validation if len(validation) else corpus
         _sample(run_dir, experiment.model, merge(state["params"], state["frozen"]), tokenizer, text)

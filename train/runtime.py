@@ -5,6 +5,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,6 +40,21 @@ def start() -> None:
         jax.distributed.initialize()
     elif os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and glob.glob("/dev/accel*"):
         jax.distributed.initialize()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` until this process ends in any way. Raises ValueError when another does."""
+    import fcntl  # not on Windows
+
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"run_dir: {str(folder)!r} is in use by another process; need another, or its end"
+            ) from None
+        yield
 
 
 class Signals:

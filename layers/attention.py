@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bestiary.kernels.attention import attention
+from bestiary.kernels.dispatch import Impl
 from bestiary.layers import cache as kv
 from bestiary.layers.base import (
     Array,
@@ -23,7 +24,7 @@ from bestiary.layers.base import (
     zeros,
 )
 from bestiary.layers.rope import Rope
-from bestiary.layers.sharding import dot
+from bestiary.layers.sharding import dot, pspec
 
 HEADS = ("batch", "seq", "heads", "head")
 KV_HEADS = ("batch", "seq", "kv_heads", "head")
@@ -54,6 +55,7 @@ class Attention(Layer):
     """One learned logit per head that takes attention and gives no value (gpt-oss)."""
     scale: float | None = None
     """Multiplies q k; None: head_dim ** -0.5."""
+    impl: Impl = "auto"
     out_gain: float = 1.0
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
 
@@ -164,4 +166,7 @@ class Attention(Layer):
             scale=self.scale,
             softcap=self.softcap,
             sinks=params.get("sinks"),
+            spec=pspec(*HEADS),
+            kv_spec=pspec(*KV_HEADS),
+            impl=self.impl,
         )

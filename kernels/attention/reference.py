@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+BLOCK = 512  # queries whose logits exist at a time in a long sequence
 
 
 def visible(
@@ -29,6 +30,39 @@ def visible(
 
 
 def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    kv_positions: Array,
+    q_segments: Array | None = None,
+    kv_segments: Array | None = None,
+    sinks: Array | None = None,
+    *,
+    window: int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> Array:
+    """As `api.attention`; many long rows in blocks of queries, recomputed backwards, so that the
+    logits [T, S] of all heads never exist at once."""
+
+    def some(q: Array, q_positions: Array, q_segments: Array | None) -> Array:
+        seen = visible(q_positions, kv_positions, q_segments, kv_segments, window)
+        return dense(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
+
+    length = q.shape[1]
+    if length < 4 * BLOCK or length % BLOCK:
+        return some(q, q_positions, q_segments)
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    blocks = jax.tree.map(split, (q, q_positions, q_segments))
+    out = jax.lax.map(jax.checkpoint(lambda block: some(*block)), blocks)
+    return out.swapaxes(0, 1).reshape(q.shape)
+
+
+def dense(
     q: Array,
     k: Array,
     v: Array,

@@ -2,7 +2,7 @@
 
 XLA's own `cost_analysis` counts the body of a loop once and knows no links between chips, so this
 module reads the optimised HLO text itself and follows the loops. `jaxpr_flops` counts the FLOPs of
-the same function before compilation.
+the same function before compilation, those inside Pallas kernels included.
 """
 
 import math
@@ -96,39 +96,63 @@ def analyse(text: str, mesh_axes: Mapping[str, int]) -> HloReport:
     return HloReport(flops, hbm_bytes, table, dict(custom_calls), unknown_loops)
 
 
-def jaxpr_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
+def jaxpr_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, platform: str | None = None) -> int:
     """Matmul FLOPs of a traced function, over all devices (2 per multiply-accumulate).
 
     Follows scan (times its length), remat, custom derivatives, jit and shard_map (times the devices
-    of its manual axes); takes the most expensive branch of a cond, a `while` body once, and for a
-    `pallas_call` its CostEstimate or else its body times its grid.
+    of its manual axes); takes the most expensive branch of a cond, or where branches belong to
+    platforms that of `platform`; a `while` body once; and for a `pallas_call` its CostEstimate or
+    else its body times its grid.
     """
-    total = 0
+    return sum(flops_by_primitive(jaxpr, platform).values())
+
+
+def flops_by_primitive(
+    jaxpr: core.Jaxpr | core.ClosedJaxpr, platform: str | None = None
+) -> dict[str, int]:
+    """The parts of `jaxpr_flops` by the primitive that does the work, such as "dot_general"."""
+    total: dict[str, int] = defaultdict(int)
     for eqn in jaxpr.eqns:
         params, name = eqn.params, eqn.primitive.name
         avals: list[Any] = [var.aval for var in [*eqn.invars, *eqn.outvars]]
-        inner = [jaxpr_flops(sub) for value in params.values() for sub in _subjaxprs(value)]
+        inner = [
+            flops_by_primitive(sub, platform)
+            for value in params.values()
+            for sub in _subjaxprs(value)
+        ]
+        times = 1
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            total += 2 * avals[-1].size * math.prod(avals[0].shape[i] for i in contracted)
+            total[name] += 2 * avals[-1].size * math.prod(avals[0].shape[i] for i in contracted)
         elif name == "ragged_dot_general":
-            total += 2 * avals[0].size * avals[1].shape[-1]
+            total[name] += 2 * avals[0].size * avals[1].shape[-1]
         elif name == "conv_general_dilated":
             channels = avals[1].shape[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * avals[-1].size * avals[1].size // channels
+            total[name] += 2 * avals[-1].size * avals[1].size // channels
         elif name == "cond":
-            total += max(inner)
+            inner = [_branch(inner, params.get("branches_platforms"), platform)]
         elif name == "scan":
-            total += params["length"] * sum(inner)
+            times = params["length"]
         elif name == "shard_map":
-            shards = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-            total += shards * sum(inner)
+            times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         elif name == "pallas_call":
             cost, grid = params["cost_estimate"], params["grid_mapping"].grid
-            total += cost.flops if cost else math.prod(grid) * sum(inner)
-        else:
-            total += sum(inner)
+            body = math.prod(grid) * sum(sum(part.values()) for part in inner)
+            total[name] += cost.flops if cost else body
+            inner = []
+        for part in inner:
+            for primitive, flops in part.items():
+                total[primitive] += times * flops
     return total
+
+
+def _branch(
+    branches: list[dict[str, int]], platforms: tuple | None, platform: str | None
+) -> dict[str, int]:
+    if platform is not None and platforms is not None:
+        chosen = (i for i, names in enumerate(platforms) if names is None or platform in names)
+        return branches[next(chosen)]
+    return max(branches, key=lambda flops: sum(flops.values()))
 
 
 def _subjaxprs(value: Any) -> list[core.Jaxpr | core.ClosedJaxpr]:

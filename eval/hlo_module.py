@@ -41,6 +41,7 @@ class HloModule(dict[str, dict[str, Op]]):
     def __init__(self, text: str):
         self.entry = ""
         current: dict[str, Op] = {}
+        text = re.sub(r"=\{\n([^\n]*)\n\}", r"={\1}", text)  # what kernels say of themselves
         for line in text.splitlines():
             if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
                 self[head[2]] = current = {}

@@ -12,7 +12,7 @@ import jax.sharding as js
 
 from bestiary.eval import topology as tpu
 from bestiary.eval.accounting import account
-from bestiary.eval.hlo import HloReport, analyse
+from bestiary.eval.hlo import HloReport, analyse, flops_by_primitive
 from bestiary.eval.plan_report import Level, Modelled, Program, Rate
 from bestiary.eval.topology import Topology
 from bestiary.layers.base import Array, Context, Precision, Tree, abstract
@@ -99,6 +99,8 @@ def _work(experiment: Experiment, new: int, passes: int) -> dict[str, Any]:
 def compile_task(task: Task, topology: Topology, mesh: js.Mesh, level: Level) -> Program:
     memory = {name: _device_bytes(tree) for name, tree in task.classes.items()}
     needed, refusal, flops, seconds, report, modelled = 0, None, None, None, None, None
+    traced = task.jitted.trace(*task.arguments)
+    kernels = flops_by_primitive(traced.jaxpr, "tpu").get("pallas_call", 0)
     try:
         compiled, seconds = tpu.compile_for(
             mesh, task.jitted, *task.arguments, level=level, options=tpu.NO_WINDOWED_EINSUM
@@ -115,7 +117,7 @@ def compile_task(task: Task, topology: Topology, mesh: js.Mesh, level: Level) ->
         needed += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
         report = analyse(text, mesh.shape)
         flops = report.matmul_flops * mesh.size
-        modelled = _model(task, report, topology, mesh)
+        modelled = _model(task, report, kernels, topology, mesh)
     memory["temporaries"] = needed - sum(memory.values())
     return Program(
         name=task.name,
@@ -128,14 +130,18 @@ def compile_task(task: Task, topology: Topology, mesh: js.Mesh, level: Level) ->
         active_flops=task.active_flops,
         six_n_flops=task.six_n_flops,
         compiled_flops=flops,
+        kernel_flops=kernels,
         compile_seconds=seconds,
         report=report,
         modelled=modelled,
     )
 
 
-def _model(task: Task, report: HloReport, topology: Topology, mesh: js.Mesh) -> Modelled:
+def _model(
+    task: Task, report: HloReport, kernel_flops: int, topology: Topology, mesh: js.Mesh
+) -> Modelled:
     seconds = tpu.roofline(report, topology, mesh)
+    seconds["compute"] += kernel_flops / mesh.size / topology.chip.flops
     on_chip = max(seconds["compute"], seconds["memory"])
     collectives = sum(seconds.values()) - seconds["compute"] - seconds["memory"]
 

@@ -67,6 +67,9 @@ class Program:
     """Modelled: the rule of thumb, 6 (2 without backward pass) per active parameter and token."""
     compiled_flops: int | None
     """Compiled: matmul FLOPs of the program, loops followed; recomputation shows here."""
+    kernel_flops: int
+    """Modelled: matmul FLOPs inside Pallas kernels, as if they skipped no masked block; they come
+    on top of those of the program."""
     compile_seconds: float | None
     report: HloReport | None
     modelled: Modelled | None
@@ -147,7 +150,10 @@ def _print_program(console: Console, plan: Plan, program: Program) -> None:
         table.add_row(label, _tera(flops), f"{flops / program.tokens:.4g} per token", "modelled")
     if program.compiled_flops is not None:
         ratio = f"{program.compiled_flops / program.model_flops:.3f} of the model's"
-        table.add_row("program FLOPs", _tera(program.compiled_flops), ratio, "compiled")
+        table.add_row("FLOPs of the program", _tera(program.compiled_flops), ratio, "compiled")
+    if program.kernel_flops:
+        ratio = f"{program.kernel_flops / program.model_flops:.3f} of the model's, at most"
+        table.add_row("FLOPs in its kernels", _tera(program.kernel_flops), ratio, "modelled")
     if program.compile_seconds is not None:
         table.add_row("compilation", f"{program.compile_seconds:.1f} s", "", "measured here")
     console.print(table)

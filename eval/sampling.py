@@ -130,10 +130,7 @@ def accept_drafts(
 @jax.tree_util.register_static
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; static under `jit`.
-
-    Raises ValueError for a value outside its range.
-    """
+    """How the next token is chosen."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
@@ -157,6 +154,7 @@ class Sampling:
     """Leave at least this many tokens to choose from."""
 
     def __post_init__(self) -> None:
+        """Raises ValueError for a value outside its range."""
         rules = {
             "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),

@@ -97,7 +97,8 @@ def model(**changes: Any) -> Decoder:
     [
         ("mesh: data rest x fsdp 3 x tensor 1; need a product of 8", {"mesh": Mesh(fsdp=3)}),
         ("mesh: data 4 x fsdp 1 x tensor 1; need a product of 8", {"mesh": Mesh(data=4)}),
-        ("mesh: tensor splits '(kv_)?heads' of .* into 4; need a divisor of 2", {"mesh": Mesh(tensor=4)}),
+        ("mesh: tensor splits '(kv_)?heads' of .* into 4; need a divisor of 2",
+         {"mesh": Mesh(tensor=4)}),
         ("mesh: tensor splits 'mlp' of .* into 2; need a divisor of 47",
          {"mesh": Mesh(tensor=2), "model": model(ffn=swiglu(16, 47))}),
         ("mesh: tensor splits 'vocab' of .* into 2; need a divisor of 257",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from bestiary.train.experiment import Experiment
 
 _UNKNOWN = 1 << 30  # steps: until something is measured the schedule stands at its start
-_WINDOW = 256  # newest steps whose time is averaged
+_WINDOW = 2048  # newest steps whose time is averaged
 _FINISH = 2.0  # seconds for the last writes
 
 
@@ -72,7 +72,7 @@ class Clock:
     def fit(self, issued: int) -> None:
         """Fits `total` to the time that is left, where `issued` steps are under way or finished.
 
-        Half of a change is taken at once, all of it close to the end.
+        A quarter of a change is taken at once, all of it close to the end.
         """
         if self._experiment.minutes is None or self.step_seconds is None:
             return
@@ -81,7 +81,7 @@ class Clock:
             self.total = issued + round(max(left, 0) / self.step_seconds)
         wish = step + (left - self._overhead(step)) / self.step_seconds
         close = wish - issued < 0.1 * wish
-        change = (wish - self.total) * (1 if close else 0.5)
+        change = (wish - self.total) * (1 if close else 0.25)
         self.total = max(issued + 1, round(self.total + change))
 
     def _overhead(self, step: int) -> float:

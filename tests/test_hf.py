@@ -167,9 +167,18 @@ def test_export_has_our_logits_in_transformers(name, transformers, tmp_path):
         tmp_path / "out", attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
+    assert theirs.config.bos_token_id is None and theirs.config.pad_token_id is None
     assert theirs.config.max_position_embeddings == 64 and theirs.config.eos_token_id == 3
     with torch.no_grad():
         close(logits(model, params), theirs(torch.tensor(TOKENS)).logits.numpy())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_absent_entries_mean_what_transformers_assumes(kind, transformers):
+    sizes = "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"
+    least = {name: LLAMA[name] for name in sizes} | {"model_type": kind, "num_hidden_layers": 4}
+    full = transformers.AutoConfig.for_model(**least).to_dict()
+    assert hf.model_from_config(least) == hf.model_from_config(full)
 
 
 def test_their_bfloat16_is_read_bit_by_bit(transformers, tmp_path):
@@ -201,6 +210,7 @@ def test_reading_what_was_written_is_exact(name, shard_bytes, dtype, tmp_path):
     assert hf.model_from_config(hf.read_config(tmp_path / "out")) == model
     same(hf.read(tmp_path / "out", model), params)
     for file in (tmp_path / "out").glob("*.safetensors"):
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # the format aligns data
         tensors = load_file(file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= shard_bytes
 
@@ -338,6 +348,7 @@ def test_what_no_family_expresses_is_refused(model, culprit, tmp_path):
         (LLAMA, {"dtype": "float64"}, "dtype: 'float64'"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5; need 1.0"),
+        (LLAMA, {"original_max_position_embeddings": 9}, "original_max_position_embeddings: 9"),
         (LLAMA, {"rope_theta": -1}, "rope_theta: -1"),
         (LLAMA, {"rope_scaling": 2.0}, "rope_scaling: 2.0; need one flat object"),
         (LLAMA, {"rope_parameters": {"full_attention": {}}}, "rope_parameters"),
@@ -502,6 +513,22 @@ def test_malformed_weights_are_refused(shard_bytes, edit, culprits, tmp_path):
     edit(folder)
     with refused(str(folder), *culprits):
         hf.read(folder, MODEL)
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1), byte=st.integers(0, 255), cut=st.booleans())
+def test_any_damage_to_a_header_is_one_line(place, byte, cut, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged") / "out"
+    hf.write(folder, MODEL, PARAMS)
+    raw = bytearray((folder / ONE).read_bytes())
+    header = 8 + int.from_bytes(raw[:8], "little")
+    at = int(place * (header - 1))
+    raw = raw[:at] + raw[at + 1 :] if cut else raw[:at] + bytes([byte]) + raw[at + 1 :]
+    (folder / ONE).write_bytes(raw)
+    try:
+        hf.read(folder, MODEL)
+    except ValueError as error:
+        assert "\n" not in str(error) and str(folder) in str(error)
 
 
 @pytest.mark.parametrize(

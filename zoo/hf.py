@@ -255,7 +255,7 @@ def _check_tied(model: Decoder, stored: Mapping[str, shards.Stored], name: str) 
     """A tensor beside the declared ones may only repeat the embedding as the tied head."""
     names = _express(model)[0].names
     if model.head is not None or name != names["head/weight"]:
-        raise ValueError(f"{stored[name].file}: {name}: unexpected; the model has no such tensor")
+        raise ValueError(f"{stored[name].file}: {name!r}: unexpected; the model has no such tensor")
     if not np.array_equal(stored[name].read(), stored[names["embedding/table"]].read()):
         raise ValueError(
             f"{stored[name].file}: {name}: differs from {names['embedding/table']}; "

@@ -72,11 +72,11 @@ def open_tensors(folder: str | os.PathLike) -> Iterator[dict[str, Stored]]:
                 raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
             for name in reader.keys():
                 if name in stored:
-                    raise ValueError(f"{file}: {name}: also in {stored[name].file.name}")
+                    raise ValueError(f"{file}: {name!r}: also in {stored[name].file.name}")
                 stored[name] = Stored(name, file, reader)
         for name, file in places.items():
             if name not in stored or stored[name].file != file:
-                raise ValueError(f"{index}: {name}: not in {file.name}")
+                raise ValueError(f"{index}: {name!r}: not in {file.name}")
         yield stored
 
 
@@ -87,7 +87,7 @@ def read_index(index: Path) -> dict[str, Path]:
         raise ValueError(f"{index}: weight_map: {places!r}; need an object of file names")
     for name, file in places.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index}: {name}: {file!r}; need the name of a file in the folder")
+            raise ValueError(f"{index}: {name!r}: {file!r}; need the name of a file in the folder")
     return {name: index.parent / file for name, file in places.items()}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from bestiary.layers.attention import Attention
@@ -420,6 +421,7 @@ def test_entries_that_change_nothing():
 MODEL = hf.model_from_config(LLAMA | {"tie_word_embeddings": True})
 PARAMS = random_params(MODEL)
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+KEY = "model.layers.1.self_attn.k_proj.weight"
 EMBED = "model.embed_tokens.weight"
 
 
@@ -495,6 +497,11 @@ INDEX = "model.safetensors.index.json"
             4000,
             index(lambda c: c["weight_map"].update({QUERY: c["weight_map"][EMBED]})),
             [INDEX, QUERY, "not in model-000"],
+        ),
+        (
+            4000,  # a key shares its file with others, which is therefore open
+            index(lambda c: c["weight_map"].update({KEY: c["weight_map"][EMBED]})),
+            [INDEX, KEY, "not in model-000"],
         ),
         (4000, index(lambda c: c["weight_map"].update(other=c["weight_map"][EMBED])), ["other"]),
         (4000, lambda folder: shard(folder).unlink(), ["model-000", "No such file"]),
@@ -624,6 +631,14 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         hf.write(tmp_path / "out", MODEL, PARAMS)
     assert not any(tmp_path.iterdir())
+
+
+def test_files_say_what_other_readers_ask(tmp_path):
+    hf.write(tmp_path / "out", MODEL, PARAMS, shard_bytes=4000)
+    content = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert content["metadata"]["total_size"] == sum(p.nbytes for p in jax.tree.leaves(PARAMS))
+    with safe_open(tmp_path / "out" / content["weight_map"][QUERY], "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_tokenizer_is_found_and_copied(tmp_path):

@@ -117,7 +117,7 @@ def placements(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """
     mesh_config = experiment.mesh
     needed = max(mesh_config.data, 1) * mesh_config.fsdp * mesh_config.tensor
-    devices = needed if mesh_config.data else max(needed, jax.device_count())
+    devices = needed if mesh_config.data else needed * max(1, jax.device_count() // needed)
     sizes = mesh_config.sizes(devices)
     mesh = js.AbstractMesh(sizes, MESH_AXES, axis_types=(js.AxisType.Auto,) * len(sizes))
     out = {}

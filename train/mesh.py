@@ -71,7 +71,7 @@ class Mesh:
 
 
 @contextmanager
-def placed(mesh: js.Mesh, rules: Rules) -> Iterator[None]:
+def placed(mesh: js.Mesh | js.AbstractMesh, rules: Rules) -> Iterator[None]:
     """Programs traced inside see the rules and the mesh's axes, whose devices need not exist."""
     with js.use_abstract_mesh(mesh.abstract_mesh), use_rules(rules):
         yield

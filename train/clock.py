@@ -59,9 +59,15 @@ class Clock:
         """`step` steps are known to be finished."""
         now = time.monotonic() - self._paused
         first, then = self._laps[0]
-        if step > first:
+        if step > self._laps[-1][0]:
             self._laps.append((step, now))
             self.step_seconds = (now - then) / (step - first)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a length is known, or enough steps were timed to tell it."""
+        (first, then), (last, now) = self._laps[0], self._laps[-1]
+        return self.total != _UNKNOWN or last - first >= 20 or now - then >= 1
 
     def left(self, step: int) -> float:
         """Seconds until the end, if `total` holds."""
@@ -74,7 +80,7 @@ class Clock:
 
         A quarter of a change is taken at once, all of it close to the end.
         """
-        if self._experiment.minutes is None or self.step_seconds is None:
+        if self._experiment.minutes is None or self.step_seconds is None or not self.measured:
             return
         step, left = self._laps[-1][0], self._experiment.minutes * 60 - self.used
         if self.total == _UNKNOWN:

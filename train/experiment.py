@@ -1,21 +1,21 @@
 """An experiment: one frozen dataclass tree that says all about a training run."""
 
-import dataclasses
 import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from bestiary.layers.base import Tree
 from bestiary.train.data import Data
 from bestiary.train.mesh import Mesh
 from bestiary.train.objective import NextToken
 from bestiary.train.optimizer import Optimizer, Schedule
+from bestiary.train.tree_json import from_json, to_json
 from bestiary.zoo.decoder import Decoder
+
+NonFinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Experiment:
     evaluation included; the schedule is fitted to the steps that this allows."""
     accumulate: int = 1
     """Micro-batches that one step adds up."""
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: NonFinite = "stop"
     """What happens when a loss or gradient is not finite: stop the run, or leave that step out."""
     log_every: int = 10
     """Steps between two lines of metrics."""
@@ -89,6 +89,8 @@ class Experiment:
             raise ValueError(f"steps: {self.steps}; need at least 1")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes: {self.minutes}; need more than 0")
+        if self.nonfinite not in get_args(NonFinite):
+            raise ValueError(f"nonfinite: {self.nonfinite!r}; need one of {get_args(NonFinite)}")
         if self.log_every < 1:
             raise ValueError(f"log_every: {self.log_every}; need at least 1")
         if self.seed < 0:
@@ -126,67 +128,11 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"bestiary.configs.{name}")
 
 
-def to_json(value: Any) -> Tree:
-    """A dataclass tree of this library as JSON values: each object names its class."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class": kind} | fields
-    if isinstance(value, (list, tuple)):
-        return [to_json(v) for v in value]
-    if isinstance(value, dict):
-        return {k: to_json(v) for k, v in value.items()}
-    return value
-
-
-def from_json(value: Tree) -> Any:
-    """The inverse of `to_json`. Raises ValueError for a class or field that the library lacks."""
-    if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
-    if not isinstance(value, dict):
-        return value
-    fields = {name: from_json(v) for name, v in value.items() if name != "class"}
-    if "class" not in value:
-        return fields
-    module, _, name = str(value["class"]).rpartition(".")
-    try:
-        if not module.startswith("bestiary."):
-            raise ImportError(module)
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise ValueError(f"class: this version has no {value['class']!r}") from None
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ValueError(f"class: {value['class']!r} is not a part of an experiment")
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := fields.keys() - known:
-        raise ValueError(f"{name}: unknown field {sorted(unknown)[0]!r}; known: {sorted(known)}")
-    try:
-        return cls(**fields)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
 def save_experiment(experiment: Experiment, path: Path) -> None:
     """Writes what `read_experiment` reads; the file appears whole."""
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(to_json(experiment), indent=2) + "\n")
     beside.replace(path)
-
-
-def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two experiments differ, by dotted path, with the value in each."""
-    before, after = dict(_leaves(to_json(old))), dict(_leaves(to_json(new)))
-    paths = [path for path in before | after if before.get(path) != after.get(path)]
-    return {path: (before.get(path), after.get(path)) for path in paths}
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, (dict, list)) or not value:
-        yield path, value
-        return
-    children = value.items() if isinstance(value, dict) else enumerate(value)
-    for name, child in children:
-        yield from _leaves(child, f"{path}.{name}" if path else str(name))
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -143,10 +143,10 @@ def _events(folder: Path, step: int) -> Any:
 
 
 def _scalars(line: Line) -> list[tuple[str, float]]:
-    scalars = [(n, v) for n, v in line.items() if n not in ("step", "layers") and v is not None]
+    scalars = [(name, value) for name, value in line.items() if name not in ("step", "layers")]
     for name, values in line.get("layers", {}).items():
         scalars += [(f"{name}/{i}", value) for i, value in enumerate(values)]
-    return scalars
+    return [(name, value) for name, value in scalars if math.isfinite(value)]
 
 
 def _finite(value: Any) -> Any:

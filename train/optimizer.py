@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules, built from a model's declaration."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import optax
@@ -9,12 +9,16 @@ from optax import contrib
 
 from bestiary.layers.base import Array, Param, Tree, map_params
 
+Name = Literal["adamw", "adafactor", "lion", "muon"]
+Decay = Literal["cosine", "linear", "wsd"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """An optax optimiser. Weight decay is decoupled and leaves gains and biases alone."""
+    """An optax optimiser. Weight decay is decoupled and leaves gains and biases alone; with Muon it
+    takes Muon's matrices only."""
 
-    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    name: Name = "adamw"
     """Muon takes the declared matrices and Adam the rest."""
     learning_rate: float = 3e-4
     """Peak learning rate; with Muon that of the matrices."""
@@ -22,14 +26,16 @@ class Optimizer:
     """Muon only: peak learning rate of what is not a matrix (embeddings, gains); None: the same."""
     weight_decay: float = 0.1
     b1: float = 0.9
-    """Decay of the first moment (Muon: of the momentum)."""
+    """Decay of the first moment (Muon: of the momentum; Adafactor has none)."""
     b2: float = 0.95
-    """Decay of the second moment; Lion: of the momentum."""
+    """Decay of the second moment (Lion: of the momentum; Adafactor's grows by itself)."""
     eps: float = 1e-8
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(Name):
+            raise ValueError(f"optimizer.name: {self.name!r}; need one of {get_args(Name)}")
         for name in ("learning_rate", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}: {getattr(self, name)}; need more than 0")
@@ -69,6 +75,7 @@ class Optimizer:
             tx = contrib.muon(
                 1.0,
                 beta=self.b1,
+                eps=self.eps,
                 weight_decay=wd,
                 weight_decay_mask=decay,
                 adam_b1=0.9,
@@ -84,7 +91,7 @@ class Optimizer:
 class Schedule:
     """Linear warm-up, then decay; lengths are shares of the run, which may be fitted to a time."""
 
-    decay: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay: Decay = "cosine"
     """wsd: warm-up, stable, then linear decay over the last `cooldown` of the run."""
     warmup: float = 0.02
     cooldown: float = 0.2
@@ -92,6 +99,8 @@ class Schedule:
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
+        if self.decay not in get_args(Decay):
+            raise ValueError(f"schedule.decay: {self.decay!r}; need one of {get_args(Decay)}")
         for name in ("warmup", "cooldown", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"schedule.{name}: {getattr(self, name)}; need 0 <= {name} <= 1")

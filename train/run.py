@@ -23,7 +23,6 @@ from bestiary.train.curves import draw
 from bestiary.train.data import Batch, load, train_iterator, validation_batches
 from bestiary.train.experiment import (
     Experiment,
-    difference,
     experiments,
     load_experiment,
     read_experiment,
@@ -42,6 +41,7 @@ from bestiary.train.step import (
     merge,
 )
 from bestiary.train.tokenizer import Tokenizer
+from bestiary.train.tree_json import difference
 from bestiary.zoo.decoder import Decoder
 
 AHEAD = 4  # steps that the host may be ahead of the devices
@@ -175,8 +175,11 @@ class _Loop:
             if self.issued == first + 1:
                 jax.block_until_ready(metrics)
                 clock.compiled(time.monotonic() - before, self.issued)
-            self._settle(0 if self.issued == first + 2 else AHEAD)
-            if self._agree(first):
+            elif not clock.measured:  # nothing to wait for in front of an unknown end
+                jax.block_until_ready(metrics)
+                clock.lap(self.issued)
+            self._settle(AHEAD)
+            if self._agree():
                 total = self._total()
             done = self.issued >= clock.total
             evaluate = len(validation) and (done or (every and self.issued % every == 0))
@@ -197,12 +200,11 @@ class _Loop:
             )
         return state
 
-    def _agree(self, first: int) -> bool:
+    def _agree(self) -> bool:
         """Hears signals and fits the length of the run, alike in all processes."""
         several = jax.process_count() > 1
         total = self.clock.total
-        interval = min(self.experiment.log_every, max(1, total // 100))
-        due = self.issued == first + 2 or self.issued % interval == 0
+        due = self.issued % min(self.experiment.log_every, max(1, total // 100)) == 0
         if due and self.issued < total:
             self.clock.fit(self.issued)
         if several and due:

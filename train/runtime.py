@@ -1,5 +1,6 @@
 """The process around a run: compiled programs kept on disk, other processes joined, signals."""
 
+import ctypes
 import glob
 import os
 import signal
@@ -15,6 +16,8 @@ import jax
 
 from bestiary.train.corpus import cache_folder
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's <malloc.h>
+
 
 def start() -> None:
     """Prepares JAX for a run; to be called before any device is asked for.
@@ -25,6 +28,7 @@ def start() -> None:
 
     Raises ValueError for a coordinator without the numbers of processes.
     """
+    keep_freed_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder().parent / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -55,6 +59,15 @@ def locked(folder: Path) -> Iterator[None]:
                 f"run_dir: {str(folder)!r} is in use by another process; need another, or its end"
             ) from None
         yield
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep the large blocks that a step frees: it would hand them back to the kernel,
+    and the next step on a CPU would fault every page in anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class Signals:

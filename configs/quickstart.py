@@ -1,19 +1,22 @@
-"""A small byte-level Llama on the text that every Python carries, minutes on a laptop.
+"""A small byte-level Llama on the text that every Python carries, minutes on a laptop."""
 
-Expect about 1.5 nats per byte after three minutes on two CPU cores.
-"""
+from dataclasses import replace
 
 from bestiary.train.data import Data
-from bestiary.train.experiment import Experiment
+from bestiary.train.experiment import Evaluation, Experiment
 from bestiary.train.optimizer import Optimizer, Schedule
 from bestiary.zoo.llama import llama_tiny
 
 
 def experiment() -> Experiment:
+    model = llama_tiny()
+    # four layers without a loop: CPUs run them a third faster, for a second more of compilation
+    model = replace(model, blocks=replace(model.blocks, unroll=model.blocks.n))
     return Experiment(
-        model=llama_tiny(),
-        data=Data(length=128, batch_size=16),
+        model=model,
+        data=Data(length=128, batch_size=8),
         optimizer=Optimizer(name="muon", learning_rate=0.02, adam_learning_rate=0.005),
         schedule=Schedule(decay="linear", final=0.0),
-        minutes=3.0,
+        evaluation=Evaluation(batches=100),
+        minutes=2.0,
     )

@@ -303,7 +303,7 @@ def test_log_goes_on_after_a_step(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_a_weighted_mean(text: str, tmp_path: Path) -> None:
-    experiment = tiny(text, evaluation=Evaluation(), run_dir=str(tmp_path), steps=2)
+    experiment = tiny(text, evaluation=Evaluation(batches=0), run_dir=str(tmp_path), steps=2)
     train(experiment, "tiny")
     reported = read_metrics(tmp_path)[-1]["validation_loss"]
     # all of the split in one row, without the rows' memory cut: the same tokens, other contexts
@@ -349,7 +349,7 @@ def test_clock_fits_the_steps_to_the_time(
     fake = FakeTime(monkeypatch)
     experiment = tiny(text, steps=None, minutes=2.0, evaluation=Evaluation(every=500))
     experiment = replace(experiment, checkpoints=Checkpoints(every=300))
-    clock = Clock(experiment, fake.now, used, None)
+    clock = Clock(experiment, fake.now, used, batches=100)
     fake.now += 10
     clock.compiled(10, 1)
     step, random_ = 1, np.random.default_rng(0)
@@ -357,7 +357,7 @@ def test_clock_fits_the_steps_to_the_time(
         step += 1
         fake.now += 0.02 * random_.uniform(0.5, 1.5)
         clock.lap(step)
-        if step % 10 == 0 or step == 2:
+        if step % 10 == 0 or clock.open:
             before = clock.total
             clock.fit(step)
             if 500 < step < 0.8 * clock.total:
@@ -371,12 +371,13 @@ def test_clock_fits_the_steps_to_the_time(
 
 def test_clock_ends_at_once_when_time_is_up(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTime(monkeypatch)
-    clock = Clock(tiny(text, steps=None, minutes=0.1), fake.now, 0.0, None)
+    clock = Clock(tiny(text, steps=None, minutes=0.1), fake.now)
     fake.now += 60
     clock.compiled(60, 1)
     fake.now += 1
     clock.lap(2)
     clock.fit(2)
+    assert not clock.open
     assert clock.total == 3
 
 

@@ -9,6 +9,7 @@ from bestiary.train.experiment import Experiment
 
 _UNKNOWN = 1 << 30  # steps: until something is measured the schedule stands at its start
 _WINDOW = 2048  # newest steps whose time is averaged
+_FORWARD = 0.4  # an evaluation, as part of a step
 _FINISH = 2.0  # seconds for the last writes
 
 
@@ -20,19 +21,28 @@ class Clock:
       compile_seconds: what the first step took longer than a step.
     """
 
-    def __init__(self, experiment: Experiment, started: float, used: float, total: int | None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        started: float,
+        used: float = 0.0,
+        total: int | None = None,
+        batches: int = 0,
+    ):
         """
         Args:
           started: when this process began (`time.monotonic`).
           used: seconds that earlier processes spent on the run.
           total: their last estimate.
+          batches: how many an evaluation takes.
         """
+        self._batches = batches
         self._experiment = experiment
         self._origin = started - used
         self.total = experiment.steps or total or _UNKNOWN
         self.compile_seconds = 0.0
         self.step_seconds: float | None = None
-        self._pauses: dict[str, float] = {}
+        self._pauses: dict[str, list[float]] = {}
         self._paused = 0.0
         self._laps = deque([(0, 0.0)], _WINDOW)
 
@@ -48,7 +58,7 @@ class Clock:
         yield
         seconds = time.monotonic() - before
         self._paused += seconds
-        self._pauses[kind] = seconds
+        self._pauses.setdefault(kind, []).append(seconds)
 
     def compiled(self, seconds: float, step: int) -> None:
         """The first step of this process, number `step`, took `seconds`; laps begin after it."""
@@ -64,10 +74,9 @@ class Clock:
             self.step_seconds = (now - then) / (step - first)
 
     @property
-    def measured(self) -> bool:
-        """Whether a length is known, or enough steps were timed to tell it."""
-        (first, then), (last, now) = self._laps[0], self._laps[-1]
-        return self.total != _UNKNOWN or last - first >= 20 or now - then >= 1
+    def open(self) -> bool:
+        """Whether the length is still unknown."""
+        return self.total == _UNKNOWN
 
     def left(self, step: int) -> float:
         """Seconds until the end, if `total` holds."""
@@ -80,10 +89,12 @@ class Clock:
 
         A quarter of a change is taken at once, all of it close to the end.
         """
-        if self._experiment.minutes is None or self.step_seconds is None or not self.measured:
+        (first, then), (step, now) = self._laps[0], self._laps[-1]
+        few = step - first < 20 and now - then < 1
+        if self._experiment.minutes is None or self.step_seconds is None or (self.open and few):
             return
-        step, left = self._laps[-1][0], self._experiment.minutes * 60 - self.used
-        if self.total == _UNKNOWN:
+        left = self._experiment.minutes * 60 - self.used
+        if self.open:
             self.total = issued + round(max(left, 0) / self.step_seconds)
         wish = step + (left - self._overhead(step)) / self.step_seconds
         close = wish - issued < 0.1 * wish
@@ -93,11 +104,15 @@ class Clock:
     def _overhead(self, step: int) -> float:
         """Seconds of the evaluations and saves to come."""
         evaluations, saves = self._experiment.evaluation, self._experiment.checkpoints
-        rest = _FINISH
-        for kind, every in (("evaluation", evaluations.every), ("save", saves.every)):
-            if kind in self._pauses:
-                count = 1 if not every else max(1, -(-self.total // every) - step // every)
-                rest += self._pauses[kind] * count
-            elif kind == "evaluation":
-                rest += self.compile_seconds  # it is compiled first, in less time than the step
+        unseen = "evaluation" not in self._pauses
+        rest = _FINISH + (_FORWARD * self.compile_seconds if unseen else 0.0)
+        # before there is a measurement, and instead of the first one, which compiles
+        forward = self._batches * (self.step_seconds or 0.0) * _FORWARD
+        for kind, every, guess in (
+            ("evaluation", evaluations.every, forward),
+            ("save", saves.every, 0.0),
+        ):
+            times = self._pauses.get(kind, [guess])
+            count = 1 if not every else max(1, -(-self.total // every) - step // every)
+            rest += count * (min(times[0], guess) if len(times) == 1 else times[-1])
         return rest

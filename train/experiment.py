@@ -43,7 +43,7 @@ class Evaluation:
 
     every: int = 250
     """Steps between evaluations; 0: only after the last step."""
-    batches: int = 0
+    batches: int = 100
     """Batches of the validation split, from its start; 0: all of it."""
 
     def __post_init__(self) -> None:

@@ -109,7 +109,9 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
         if main and run["step"]:
             what = "is finished" if run["step"] == run["total"] else "goes on"
             print(f"{run_dir} {what} after step {run['step']}", flush=True)
-        loop = _Loop(experiment, mesh, run_dir, signals, run, started)
+        batches = _evaluation_batches(experiment, validation)
+        clock = Clock(experiment, started, run.get("seconds", 0.0), run.get("total"), batches)
+        loop = _Loop(experiment, mesh, run_dir, signals, run, clock)
         with placed(mesh, experiment.mesh.table):
             state = loop.go(state, corpus, validation)
         if main:
@@ -134,15 +136,15 @@ class _Loop:
         run_dir: Path,
         signals: Signals,
         run: dict[str, Any],
-        started: float,
+        clock: Clock,
     ):
-        self.experiment, self.run_dir, self.signals, self.run = experiment, run_dir, signals, run
+        self.experiment, self.run_dir, self.signals = experiment, run_dir, signals
+        self.run, self.clock = run, clock
         self.step = make_step(experiment, mesh)
         self.evaluation = make_evaluation(experiment, mesh)
         self.rows = abstract_batch(experiment, mesh)["inputs"]
         self.part = batch_part(self.rows)
         self.replicated = js.NamedSharding(mesh, js.PartitionSpec())
-        self.clock = Clock(experiment, started, run.get("seconds", 0.0), run.get("total"))
         self.saver = Saver(run_dir, experiment.checkpoints)
         self.log = Log(run_dir, run["step"]) if jax.process_index() == 0 else None
         self.issued = run["step"]
@@ -175,7 +177,7 @@ class _Loop:
             if self.issued == first + 1:
                 jax.block_until_ready(metrics)
                 clock.compiled(time.monotonic() - before, self.issued)
-            elif not clock.measured:  # nothing to wait for in front of an unknown end
+            elif clock.open:  # nothing to wait for in front of an unknown end
                 jax.block_until_ready(metrics)
                 clock.lap(self.issued)
             self._settle(AHEAD)
@@ -204,7 +206,8 @@ class _Loop:
         """Hears signals and fits the length of the run, alike in all processes."""
         several = jax.process_count() > 1
         total = self.clock.total
-        due = self.issued % min(self.experiment.log_every, max(1, total // 100)) == 0
+        interval = min(self.experiment.log_every, max(1, total // 100))
+        due = self.clock.open or self.issued % interval == 0
         if due and self.issued < total:
             self.clock.fit(self.issued)
         if several and due:
@@ -266,7 +269,9 @@ class _Loop:
         batches = validation_batches(validation, self.experiment.data, *self.part)
         sums, waiting = np.zeros(2), deque()
         with self.clock.pause("evaluation"):
-            for batch in itertools.islice(batches, self.experiment.evaluation.batches or None):
+            for batch in itertools.islice(
+                batches, _evaluation_batches(self.experiment, validation)
+            ):
                 waiting.append(self.evaluation(state, self._put(batch)))
                 if len(waiting) > AHEAD:
                     sums += jax.device_get(waiting.popleft())
@@ -296,6 +301,12 @@ class _Loop:
 
     def _total(self) -> jax.Array:
         return jax.device_put(np.int32(self.clock.total), self.replicated)
+
+
+def _evaluation_batches(experiment: Experiment, validation: Corpus) -> int:
+    data, most = experiment.data, experiment.evaluation.batches
+    every = -(-max(0, len(validation) - 1) // (data.length * data.batch_size))
+    return min(most, every) if most else every
 
 
 def _claim(run_dir: Path, experiment: Experiment, name: str) -> None:

@@ -283,6 +283,6 @@ def test_llama3_8b_on_64_chips():
     assert program.fits and program.report
     kinds = sums(program)
     scattered, reduced = (kinds[k, ("fsdp",)][1] for k in ("reduce-scatter", "all-reduce"))
-    assert scattered > 100 * reduced  # gradients are scattered, not reduced whole
+    assert scattered > 10 * reduced  # gradients are scattered; newer libtpu reduces the embedding's
     calls = {k: n for k, n in program.report.custom_calls.items() if "splash" in k}
     assert sum(calls.values()) == 32 * 4  # forward, again backwards, dq, dkv

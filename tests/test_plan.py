@@ -16,7 +16,7 @@ from bestiary.eval.plan_programs import training_step
 from bestiary.eval.plan_report import Plan, Program, print_plan
 from bestiary.layers import Attention
 from bestiary.layers.base import params_of
-from bestiary.train.experiment import Experiment, from_json, to_json
+from bestiary.train.experiment import Experiment, from_json, load_experiment, to_json
 from bestiary.train.mesh import Mesh, placed
 from bestiary.zoo import load_model
 from bestiary.zoo.llama import llama, swiglu
@@ -197,7 +197,8 @@ def test_an_experiment_is_planned_as_it_would_run(capsys):
     options = Options(name="quickstart", topology="v5e:1x1", optimizer="adafactor")
     assert run(options) == 0
     text = capsys.readouterr().out
-    assert "16 sequences of 128 tokens" in text and "adafactor" in text
+    data = load_experiment("quickstart").data
+    assert f"{data.batch_size} sequences of {data.length} tokens" in text and "adafactor" in text
 
 
 def test_the_cheaper_defaults_of_a_bare_model():

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 State = dict[str, Any]
 """params and frozen (parameters that are and are not trained), opt, step (batches seen), bad (the
-first step with a non-finite loss or gradient, -1 for none), skipped (how many steps changed
-nothing)."""
+first step with a non-finite loss or gradient, -1 for none), skipped (steps left out)."""
 
 
 def split(declared: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -109,8 +108,9 @@ def make_step(
 
     `total` (int32) is the length of the run in steps, which the schedule needs. Metrics are
     float32: loss (nats per token), tokens, grad_norm, learning_rate, each layer loss by name and,
-    under "layers", what the layers report; int32: the state's bad and skipped. A step whose loss
-    or gradient is not finite leaves the state as it was and, in mode "stop", so do all that follow.
+    under "layers", what the layers report; int32: the state's bad and skipped. In mode "skip" a
+    step whose loss or gradient is not finite leaves the parameters as they were; in mode "stop" it
+    ruins them, and a state whose `bad` is not -1 must not be saved.
     """
     tx = _transformation(experiment)
 
@@ -122,11 +122,11 @@ def make_step(
         params = jax.tree.map(lambda p, u: (p + rate * u).astype(p.dtype), state["params"], updates)
         new = {"params": params, "frozen": update(state["frozen"], states), "opt": opt}
         finite = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)
-        good = finite & ((state["bad"] < 0) | (experiment.nonfinite == "skip"))
-        old = {name: state[name] for name in new}
-        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        if experiment.nonfinite == "skip":  # old and new state at once: a pass over both
+            old = {name: state[name] for name in new}
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         bad = jnp.where(finite | (state["bad"] >= 0), state["bad"], state["step"])
-        skipped = state["skipped"] + ~good
+        skipped = state["skipped"] + (~finite & (experiment.nonfinite == "skip"))
         new |= {"step": state["step"] + 1, "bad": bad, "skipped": skipped}
         report |= {"grad_norm": norm, "learning_rate": rate, "bad": bad, "skipped": skipped}
         return new, report

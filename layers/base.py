@@ -143,7 +143,7 @@ class Context:
     """What a layer may know of the call beside its input.
 
     positions: int32 [batch, seq], restarting in every document (None: 0, 1, 2, ...).
-    segment_ids: int32 [batch, seq], equal inside a document (None: one document).
+    segment_ids: int32 [batch, seq], equal inside a document, 0 for padding (None: one document).
     key: PRNG key (None: deterministic).
     layer: the constants of the repeats around it; shared: parameters that all repeats use.
     """
@@ -153,6 +153,14 @@ class Context:
     key: Array | None = None
     layer: dict[str, Array] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+
+    def mean(self, x: Array) -> Array:
+        """Mean over the tokens that are not padding: [batch, seq, ...] -> float32 [...]."""
+        x = x.astype(jnp.float32)
+        if self.segment_ids is None:
+            return x.mean((0, 1))
+        real = (self.segment_ids > 0).astype(jnp.float32)
+        return jnp.tensordot(real, x, 2) / jnp.maximum(real.sum(), 1)
 
 
 @jax.tree_util.register_dataclass

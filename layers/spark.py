@@ -71,7 +71,6 @@ class SparkFFN(Layer):
         }
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
-        del ctx
         r = self.predictor_dim
         scores = dot("bsd,df->bsf", x[..., :r], params["predictor"], out=HIDDEN)
         values = dot("bsd,df->bsf", x[..., r:], params["value"], out=HIDDEN)
@@ -84,7 +83,7 @@ class SparkFFN(Layer):
             spec=pspec(*HIDDEN),
             impl=self.impl,
         )
-        return dot("bsf,fd->bsd", h, params["out"]), Aux(metrics={"nonzero": nonzero(h)})
+        return dot("bsf,fd->bsd", h, params["out"]), Aux(metrics={"nonzero": nonzero(h, ctx)})
 
 
 @layer
@@ -128,7 +127,7 @@ class GaussianGLU(Layer):
             spec=pspec(*HIDDEN),
             impl=self.impl,
         )
-        return dot("bsf,fd->bsd", h, params["down"]), Aux(metrics={"nonzero": nonzero(h)})
+        return dot("bsf,fd->bsd", h, params["down"]), Aux(metrics={"nonzero": nonzero(h, ctx)})
 
 
 @layer

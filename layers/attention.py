@@ -23,8 +23,9 @@ from bestiary.layers.base import (
     weight,
     zeros,
 )
+from bestiary.layers.linear import project
 from bestiary.layers.rope import Rope
-from bestiary.layers.sharding import dot, pspec
+from bestiary.layers.sharding import pspec
 
 HEADS = ("batch", "seq", "heads", "head")
 KV_HEADS = ("batch", "seq", "kv_heads", "head")
@@ -43,6 +44,9 @@ class Attention(Layer):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    bias: bool = False
+    """Queries, keys and values have biases (Qwen2), which start at 0."""
+    out_bias: bool = False
     rope: Rope | None = Rope()
     query_norm: Layer | None = None
     """Norm over head_dim of every query (QK-norm); key_norm likewise."""
@@ -79,6 +83,13 @@ class Attention(Layer):
             "value": weight(kv, ("embed", "kv_heads", "head")),
             "out": weight(out, ("heads", "head", "embed"), inputs=2, gain=self.out_gain),
         }
+        if self.bias:
+            spec |= {"query_bias": Param(q[1:], ("heads", "head"))}
+            spec |= {
+                f"{name}_bias": Param(kv[1:], ("kv_heads", "head")) for name in ("key", "value")
+            }
+        if self.out_bias:
+            spec["out_bias"] = Param((self.dim,), (None,))
         if self.query_norm:
             spec["query_norm"] = self.query_norm
         if self.key_norm:
@@ -106,9 +117,9 @@ class Attention(Layer):
         self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
     ) -> tuple[Array, Tree, Aux]:
         """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
-        q = dot("bsd,dnh->bsnh", x, params["query"], out=HEADS)
-        k = dot("bsd,dnh->bsnh", x, params["key"], out=KV_HEADS)
-        v = dot("bsd,dnh->bsnh", x, params["value"], out=KV_HEADS)
+        q = project("bsd,dnh->bsnh", x, params, "query", out=HEADS)
+        k = project("bsd,dnh->bsnh", x, params, "key", out=KV_HEADS)
+        v = project("bsd,dnh->bsnh", x, params, "value", out=KV_HEADS)
         if self.query_norm:
             q = self.query_norm.apply(params["query_norm"], q)
         if self.key_norm:
@@ -136,7 +147,7 @@ class Attention(Layer):
                 kv_segments=None if ctx.segment_ids is None else keys["segment"],
             )
             cache = new
-        return dot("bsnh,nhd->bsd", y, params["out"]), cache, Aux()
+        return project("bsnh,nhd->bsd", y, params, "out"), cache, Aux()
 
     def rotate(self, x: Array, positions: Array) -> Array:
         """Positions enter queries and keys [batch, seq, heads, head] here."""

@@ -2,19 +2,21 @@
 
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Aux, Context, Layer, Tree, layer, positive, weight
-from bestiary.layers.sharding import dot
+from bestiary.layers.base import Array, Aux, Context, Layer, Param, Tree, layer, positive, weight
+from bestiary.layers.linear import project
 
 HIDDEN = ("batch", "seq", "mlp")
 
 
 @layer
 class MLP(Layer):
-    """y = act(x W_up) W_down, without biases: [batch, seq, dim] -> the same."""
+    """y = act(x W_up + b_up) W_down + b_down: [batch, seq, dim] -> the same."""
 
     dim: int
     hidden: int
     activation: Layer
+    bias: bool = False
+    """Every product has a bias, which starts at 0."""
     out_gain: float = 1.0
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
 
@@ -22,25 +24,31 @@ class MLP(Layer):
         positive(dim=self.dim, hidden=self.hidden)
 
     def spec(self) -> Tree:
-        return {
+        spec = {
             "up": weight((self.dim, self.hidden), ("embed", "mlp")),
             "activation": self.activation,
             "down": weight((self.hidden, self.dim), ("mlp", "embed"), gain=self.out_gain),
         }
+        if self.bias:
+            spec |= {"up_bias": Param((self.hidden,), ("mlp",))}
+            spec |= {"down_bias": Param((self.dim,), (None,))}
+        return spec
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
-        u = dot("bsd,df->bsf", x, params["up"], out=HIDDEN)
+        u = project("bsd,df->bsf", x, params, "up", out=HIDDEN)
         h = self.activation.apply(params["activation"], u)
-        return dot("bsf,fd->bsd", h, params["down"]), Aux(metrics={"nonzero": nonzero(h, ctx)})
+        return project("bsf,fd->bsd", h, params, "down"), Aux(metrics={"nonzero": nonzero(h, ctx)})
 
 
 @layer
 class GLU(Layer):
-    """y = (act(x W_gate) * x W_up) W_down (Shazeer 2020), without biases: SwiGLU, GeGLU, ReGLU."""
+    """y = (act(x W_gate) * x W_up) W_down (Shazeer 2020): SwiGLU, GeGLU, ReGLU."""
 
     dim: int
     hidden: int
     activation: Layer
+    bias: bool = False
+    """Every product has a bias, which starts at 0."""
     out_gain: float = 1.0
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
 
@@ -48,18 +56,22 @@ class GLU(Layer):
         positive(dim=self.dim, hidden=self.hidden)
 
     def spec(self) -> Tree:
-        return {
+        spec = {
             "gate": weight((self.dim, self.hidden), ("embed", "mlp")),
             "up": weight((self.dim, self.hidden), ("embed", "mlp")),
             "activation": self.activation,
             "down": weight((self.hidden, self.dim), ("mlp", "embed"), gain=self.out_gain),
         }
+        if self.bias:
+            spec |= {f"{name}_bias": Param((self.hidden,), ("mlp",)) for name in ("gate", "up")}
+            spec |= {"down_bias": Param((self.dim,), (None,))}
+        return spec
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
-        gate = dot("bsd,df->bsf", x, params["gate"], out=HIDDEN)
-        up = dot("bsd,df->bsf", x, params["up"], out=HIDDEN)
+        gate = project("bsd,df->bsf", x, params, "gate", out=HIDDEN)
+        up = project("bsd,df->bsf", x, params, "up", out=HIDDEN)
         h = self.activation.apply(params["activation"], gate) * up
-        return dot("bsf,fd->bsd", h, params["down"]), Aux(metrics={"nonzero": nonzero(h, ctx)})
+        return project("bsf,fd->bsd", h, params, "down"), Aux(metrics={"nonzero": nonzero(h, ctx)})
 
 
 def nonzero(h: Array, ctx: Context) -> Array:

@@ -8,6 +8,19 @@ from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, normal,
 from bestiary.layers.sharding import dot, take
 
 
+def project(
+    equation: str,
+    x: Array,
+    params: Tree,
+    name: str,
+    *,
+    out: tuple[str | None, ...] | None = None,
+) -> Array:
+    """`dot` with params[name], plus params[name + "_bias"] where the layer declares one."""
+    y, bias = dot(equation, x, params[name], out=out), params.get(f"{name}_bias")
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
 @layer
 class Linear(Layer):
     """y = x W + b: [..., inputs] -> [..., outputs].

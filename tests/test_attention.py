@@ -42,6 +42,7 @@ OPTIONS = {
     "window_above_prompt": make(window=9),
     "window_above_length": make(window=40),
     "sinks": make(sinks=True),
+    "biases": make(bias=True, out_bias=True),
     "no_rope": make(rope=None),
     "interleaved": make(rope=Rope(interleaved=True)),
     "partial": make(rope=Rope(fraction=0.5)),
@@ -101,6 +102,9 @@ def oracle(layer: Attention, params: Any, x: np.ndarray) -> np.ndarray:
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     x = np.asarray(x, np.float64)
     q, k, v = (np.einsum("bsd,dnh->bnsh", x, params[n]) for n in ("query", "key", "value"))
+    if layer.bias:
+        biases = (params[f"{n}_bias"][:, None] for n in ("query", "key", "value"))
+        q, k, v = (a + b for a, b in zip((q, k, v), biases, strict=True))
     if layer.query_norm:
         q = q / np.sqrt((q**2).mean(-1, keepdims=True) + 1e-6) * params["query_norm"]["weight"]
         k = k / np.sqrt((k**2).mean(-1, keepdims=True) + 1e-6) * params["key_norm"]["weight"]
@@ -111,7 +115,7 @@ def oracle(layer: Attention, params: Any, x: np.ndarray) -> np.ndarray:
         keys = np.arange(first, t + 1)
         weights = spark_weights if isinstance(layer, SparkAttention) else softmax
         y[b, h, t] = weights(layer, params, h, q[b, h], k[b, h], t, keys) @ v[b, h, keys]
-    return np.einsum("bnsh,nhd->bsd", y, params["out"])
+    return np.einsum("bnsh,nhd->bsd", y, params["out"]) + params.get("out_bias", 0)
 
 
 def turn(rope: Rope | None, x: np.ndarray, position: int | np.ndarray) -> np.ndarray:

@@ -71,20 +71,23 @@ def gradients(layer: Layer, params: Any, x: jax.Array, cotangent: np.ndarray) ->
 @pytest.mark.golden("polycom_mlp")
 def test_polycom(golden: SimpleNamespace) -> None:
     a, hp = golden.arrays, golden.hp
-    assert not hp["use_bias"], "MLP has no biases"
     hidden, dim = a["W1"].shape
     down = slice(None) if hp["coefficient_order"] == "descending_power" else slice(None, None, -1)
     kinds = {"polynorm": PolyNorm(order=hp["order"], eps=hp["eps"])}
     kinds["polyrelu"] = PolyReLU(order=hp["order"])
     for name in hp["activations"]:
-        layer = MLP(dim=dim, hidden=hidden, activation=kinds[name])
+        layer = MLP(dim=dim, hidden=hidden, activation=kinds[name], bias=hp["use_bias"])
         weight, bias = a[f"{name}_a"][down], a[f"{name}_b"].reshape(())
         params = {
             "up": a["W1"].T,
             "activation": {"weight": jnp.asarray(weight), "bias": jnp.asarray(bias)},
             "down": a["W2"].T,
         }
-        act = kinds[name].apply(params["activation"], jnp.asarray(a["x"] @ a["W1"].T))
+        u = a["x"] @ a["W1"].T
+        if hp["use_bias"]:
+            params |= {"up_bias": a["b1"], "down_bias": a["b2"]}
+            u += a["b1"]
+        act = kinds[name].apply(params["activation"], jnp.asarray(u))
         close(act, a[f"{name}_act"], f"{name}_act")
         y, g, gx = gradients(layer, jax.tree.map(jnp.asarray, params), a["x"], a["cotangent"])
         close(y, a[f"{name}_y"], f"{name}_y")
@@ -268,13 +271,18 @@ def period(pattern: list) -> int:
 
 def decoder_of(hp: dict, placement: str) -> Decoder:
     """A decoder from the JSON of a dense vector."""
-    assert not hp.get("attention_bias") and not hp.get("mlp_bias"), "layers have no biases"
+    bias = bool(hp.get("attention_bias"))
     dim, heads = hp["hidden_size"], hp["num_attention_heads"]
     norm = RMSNorm(
         dim=dim, eps=hp["rms_norm_eps"], gain="offset" if hp["norm_unit_offset"] else "scale"
     )
     activation = ACTIVATIONS[GATES[hp.get("hidden_act") or hp["hidden_activation"]]]()
-    ffn = GLU(dim=dim, hidden=hp["intermediate_size"], activation=activation)
+    ffn = GLU(
+        dim=dim,
+        hidden=hp["intermediate_size"],
+        activation=activation,
+        bias=bool(hp.get("mlp_bias")),
+    )
     windows = {"full_attention": None, "sliding_attention": hp.get("sliding_window")}
     kinds = hp.get("layer_types") or ["full_attention"] * hp["num_hidden_layers"]
     p = period(kinds)
@@ -285,6 +293,8 @@ def decoder_of(hp: dict, placement: str) -> Decoder:
                 num_heads=heads,
                 num_kv_heads=hp["num_key_value_heads"],
                 head_dim=hp.get("head_dim") or dim // heads,
+                bias=bias,
+                out_bias=bias,
                 rope=rope_of(hp),
                 window=windows[kind],
                 softcap=hp.get("attn_logit_softcapping"),
@@ -342,12 +352,16 @@ def torch_names(model: Decoder, tree: Any) -> dict[str, np.ndarray]:
             continue
         path = path.removeprefix("blocks/")
         offset, path = (0, path) if len(members) == 1 else path.split("/", 1)
+        stem = path.removesuffix("_bias")
+        kind = "weight" if path == stem else "bias"
         for i, w in enumerate(array):
-            if w.ndim > 1:
+            if kind == "bias":
+                w = w.ravel()
+            elif w.ndim > 1:
                 inputs = 2 if path == "mixer/out" else 1
                 w = w.reshape(np.prod(w.shape[:inputs]), -1).T
             layer = i * len(members) + int(offset)
-            tensors[f"model.layers.{layer}.{names[path]}.weight"] = w
+            tensors[f"model.layers.{layer}.{names[stem]}.{kind}"] = w
     return tensors
 
 

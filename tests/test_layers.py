@@ -67,13 +67,21 @@ NORM = RMSNorm(dim=DIM)
 HEAD_NORM = RMSNorm(dim=6)
 
 ATTENTION = Attention(
-    **HEADS, query_norm=HEAD_NORM, key_norm=HEAD_NORM, softcap=4.0, sinks=True, rope=ROPE, window=4
+    **HEADS,
+    bias=True,
+    out_bias=True,
+    query_norm=HEAD_NORM,
+    key_norm=HEAD_NORM,
+    softcap=4.0,
+    sinks=True,
+    rope=ROPE,
+    window=4,
 )
 SPARK_ATTENTION = SparkAttention(**HEADS, predictor_dim=2, top_k=3)
 SPARK_FFN = SparkFFN(dim=DIM, hidden=HIDDEN, predictor_dim=4, top_k=7)
-POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm())
+POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm(), bias=True)
 POLY_RELU_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyReLU(order=2))
-SWIGLU = GLU(dim=DIM, hidden=HIDDEN, activation=Silu())
+SWIGLU = GLU(dim=DIM, hidden=HIDDEN, activation=Silu(), bias=True)
 GAUSSIAN_GLU = GaussianGLU(dim=DIM, hidden=HIDDEN, sparsity=0.6)
 
 # Every kind of parameter there is, and a constant that differs by repeat.

@@ -98,19 +98,9 @@ def batch_sums(model: Decoder, params: Tree, batch: Batch, token_bytes: Array) -
 
 
 def count_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """How many bytes of UTF-8 each token stands for: int32 [vocab_size]; 0 for those without text.
-
-    A token that holds part of a character counts 1: exact for bytes, at most 2 too few for others.
-    """
-    context = tokenizer.encode("a")  # a word's leading space shows only behind something
-
-    def size(token: int) -> int:
-        decoder = tokenizer.decoder()
-        decoder.decode(context)
-        text = decoder.decode([token], final=True)
-        return sum(1 if char == "\ufffd" else len(char.encode()) for char in text)
-
-    return np.array([size(token) for token in range(vocab_size)], np.int32)
+    """How many bytes of UTF-8 each token of the model stands for: int32 [vocab_size]; 0 for those
+    without text."""
+    return np.pad(tokenizer.num_bytes(), (0, vocab_size - tokenizer.vocab_size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,6 +160,23 @@ def test_bytes_of_subword_tokens_add_up(text, tmp_path):
     assert counts[ids].sum() == len(text.encode()) + 1
 
 
+def test_bytes_of_parts_of_characters_add_up(tmp_path):
+    """At the level of bytes, with tokens that end inside a character."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    text = "語 🐍"
+    first, second, *_ = tokenizers.pre_tokenizers.ByteLevel(False).pre_tokenize_str(text)[0][0]
+    vocabulary = {piece: i for i, piece in enumerate([*alphabet, first + second])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [(first, second)]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.encode(text)
+    assert ids[0] == len(alphabet) and len(ids) == len(text.encode()) - 1
+    assert count_bytes(tokenizer, tokenizer.vocab_size)[ids].sum() == len(text.encode())
+
+
 @pytest.fixture
 def loaded(monkeypatch, tmp_path):
     """A run on a text file of 130 tokens, of which the last half is for validation."""

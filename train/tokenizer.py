@@ -50,6 +50,10 @@ class Tokenizer(Protocol):
 
     def decoder(self) -> Decoder: ...
 
+    def num_bytes(self) -> np.ndarray:
+        """Bytes of UTF-8 that each id stands for behind other text: int32 [vocab_size]."""
+        ...
+
 
 class ByteTokenizer:
     """The bytes of UTF-8 are the ids. The byte 0xFF, which UTF-8 never uses, ends a document.
@@ -72,6 +76,9 @@ class ByteTokenizer:
 
     def decoder(self) -> Decoder:
         return _ByteDecoder()
+
+    def num_bytes(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) != self.eos).astype(np.int32)
 
 
 class _ByteDecoder:
@@ -133,6 +140,21 @@ class HFTokenizer:
 
     def decoder(self) -> Decoder:
         return _HFDecoder(self)
+
+    def num_bytes(self) -> np.ndarray:
+        context = self.encode("a")  # a word's leading space shows only behind something
+
+        def size(token: int) -> int:
+            decoder = self.decoder()
+            decoder.decode(context)
+            text = decoder.decode([token], final=True)
+            if "\ufffd" not in text:
+                return len(text.encode())
+            # part of a character: one byte as <0x..>, or, at the level of bytes, a letter for each
+            piece = self._tokenizer.id_to_token(token) or ""
+            return 1 if piece.startswith("<0x") else len(piece)
+
+        return np.array([size(token) for token in range(self.vocab_size)], np.int32)
 
 
 class _HFDecoder:

@@ -24,10 +24,11 @@ from bestiary.layers.base import DTypeName, flatten
 from bestiary.layers.repeat import Remat
 from bestiary.layers.sharding import pspec
 from bestiary.train.data import Data
-from bestiary.train.experiment import Experiment, experiments, load_experiment, to_json
+from bestiary.train.experiment import Experiment, experiments, load_experiment
 from bestiary.train.mesh import MESH_AXES, Mesh, batch_shards, placed
 from bestiary.train.objective import NextToken
 from bestiary.train.optimizer import Optimizer
+from bestiary.train.tree_json import to_json
 from bestiary.zoo import load_model, models
 from bestiary.zoo.decoder import Decoder
 

@@ -20,8 +20,9 @@ from rich.table import Table
 import bestiary.layers
 from bestiary.eval.accounting import Accounting, account
 from bestiary.layers.base import Layer, flatten
-from bestiary.train.experiment import Experiment, experiments, load_experiment, to_json
+from bestiary.train.experiment import Experiment, experiments, load_experiment
 from bestiary.train.mesh import MESH_AXES, placed
+from bestiary.train.tree_json import to_json
 from bestiary.zoo import load_model, models
 
 

@@ -16,8 +16,9 @@ from bestiary.eval.plan_programs import training_step
 from bestiary.eval.plan_report import Plan, Program, print_plan
 from bestiary.layers import Attention
 from bestiary.layers.base import params_of
-from bestiary.train.experiment import Experiment, from_json, load_experiment, to_json
+from bestiary.train.experiment import Experiment, load_experiment
 from bestiary.train.mesh import Mesh, placed
+from bestiary.train.tree_json import from_json, to_json
 from bestiary.zoo import load_model
 from bestiary.zoo.llama import llama, swiglu
 

@@ -109,7 +109,8 @@ def _plain(boxed: str) -> str:
     """tyro's framed message as one line: what is wrong, and the nearest flags if it names some."""
     lines = [line.strip(" │") for line in boxed.splitlines() if line.strip().startswith("│")]
     rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
-    finding = " ".join(lines[: rules[0]])
+    # a refusal names its field itself; of tyro's preface only the path of a part says more
+    finding = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", " ".join(lines[: rules[0]]))
     nearest = re.findall(r"--[\w.-]+", " ".join(lines[rules[0] :]))
     flags = list(dict.fromkeys(f for f in nearest if f != "--help" and f not in finding))
     return finding + (f"; perhaps {' or '.join(flags[:3])}" if flags else "")

@@ -130,7 +130,7 @@ def _check_divides(experiment: Experiment, mesh: js.Mesh) -> None:
 def _changed(model: Decoder, remat: Remat | None, compute: DTypeName | None) -> Decoder:
     """`model` with another recomputation or type of activations, unless None."""
     if remat is not None:
-        model = replace(model, blocks=replace(model.blocks, remat=remat))
+        model = model.map_stacks(lambda stack: replace(stack, remat=remat))
     if compute is not None:
         model = replace(model, precision=replace(model.precision, compute=compute))
     return model

@@ -113,7 +113,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if not decode:
         facts += [
             f"parameters {experiment.model.precision.params}",
-            f"remat {experiment.model.blocks.remat}",
+            f"remat {', '.join({stack.remat for stack in experiment.model.stacks})}",
             f"{experiment.optimizer.name}",
             f"logits in {experiment.objective.chunks} chunks",
         ]

@@ -51,7 +51,9 @@ class Param:
     `axes` are logical names (see `sharding.AXES`), one per dimension. `inputs` counts the
     dimensions that a contraction sums over, after any leading `layers`/`experts` axes; None marks
     what is not a matrix (a gain, a bias, an embedding table). `active` is the share of the entries
-    that one token uses.
+    that one token uses. `advance` gives a state its next value once per optimiser step, from the
+    dict of parameters that holds it; what a layer returns in `Aux.state` is handed from one micro-
+    batch of the step to the next.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +63,7 @@ class Param:
     trainable: bool = True
     inputs: int | None = None
     active: float = 1.0
+    advance: Callable[[Tree], Array] | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -85,7 +88,9 @@ class Param:
         def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             return jax.vmap(lambda k: self.init(k, shape[1:], dtype))(jax.random.split(key, n))
 
-        return replace(self, shape=(n, *self.shape), axes=(axis, *self.axes), init=init)
+        advance = None if self.advance is None else jax.vmap(self.advance)
+        shape, axes = (n, *self.shape), (axis, *self.axes)
+        return replace(self, shape=shape, axes=axes, init=init, advance=advance)
 
     def abstract(self, mesh: Mesh | AbstractMesh | None = None) -> jax.ShapeDtypeStruct:
         sharding = None
@@ -280,6 +285,17 @@ def map_params(f: Callable[[Param], Any], declared: Tree) -> Tree:
 
 def params_of(declared: Tree) -> list[Param]:
     return jax.tree.leaves(declared, is_leaf=is_param)
+
+
+def advance(declared: Tree, params: Tree) -> Tree:
+    """`params` after an optimiser step: every state that declares how it goes on has done so."""
+
+    def one(param: Tree, value: Tree) -> Tree:
+        if not is_param(param):
+            return advance(param, value)
+        return value if param.advance is None else param.advance(params)
+
+    return {name: one(declared[name], value) for name, value in params.items()}
 
 
 def flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.sharding as js
 import optax
 
-from bestiary.layers.base import Array, Tree, is_param, map_params
+from bestiary.layers.base import Array, Tree, advance, is_param, map_params
 from bestiary.layers.sharding import pspec
 from bestiary.train.mesh import placed
 from bestiary.train.objective import token_losses
@@ -112,15 +112,16 @@ def make_step(
     step whose loss or gradient is not finite leaves the parameters as they were; in mode "stop" it
     ruins them, and a state whose `bad` is not -1 must not be saved.
     """
-    tx = _transformation(experiment)
+    tx, declared = _transformation(experiment), experiment.model.declare()
 
     def step(state: State, batch: dict, total: Array) -> tuple[State, dict]:
-        gradient, report, states = _gradient(experiment, state, batch)
+        gradient, report, frozen = _gradient(experiment, state, batch)
         norm = optax.tree.norm(gradient)
         updates, opt = tx.update(gradient, state["opt"], state["params"])
         rate = experiment.optimizer.learning_rate * experiment.schedule(state["step"], total)
         params = jax.tree.map(lambda p, u: (p + rate * u).astype(p.dtype), state["params"], updates)
-        new = {"params": params, "frozen": update(state["frozen"], states), "opt": opt}
+        _, frozen = split(declared, advance(declared, merge(params, frozen)))
+        new = {"params": params, "frozen": frozen, "opt": opt}
         finite = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)
         if experiment.nonfinite == "skip":  # old and new state at once: a pass over both
             old = {name: state[name] for name in new}
@@ -152,43 +153,46 @@ def make_evaluation(experiment: "Experiment", mesh: js.Mesh) -> Callable[[State,
 
 
 def _gradient(experiment: "Experiment", state: State, batch: dict) -> tuple[Tree, dict, Tree]:
-    """Gradient of the mean loss, what to report, and next states, over all micro-batches."""
+    """Gradient of the mean loss, what to report, and the states after all micro-batches, which hand
+    them on."""
     model, objective = experiment.model, experiment.objective
     key = jax.random.fold_in(jax.random.key(experiment.seed), state["step"])
 
-    def loss(params: Tree, micro: dict, key: Array) -> tuple[Array, tuple[dict, Tree]]:
-        value, report, states = objective(model, merge(params, state["frozen"]), micro, key)
+    def loss(params: Tree, frozen: Tree, micro: dict, key: Array) -> tuple[Array, tuple]:
+        value, report, states = objective(model, merge(params, frozen), micro, key)
         return value, (report, states)
 
-    def one(micro: dict, key: Array) -> tuple[Tree, dict, Tree]:
-        gradient, (report, states) = jax.grad(loss, has_aux=True)(state["params"], micro, key)
-        return gradient, report, states
+    def one(frozen: Tree, micro: dict, key: Array) -> tuple[Tree, dict, Tree]:
+        gradient, (report, states) = jax.grad(loss, has_aux=True)(
+            state["params"], frozen, micro, key
+        )
+        return gradient, report, update(frozen, states)
 
-    n = experiment.accumulate
+    n, frozen = experiment.accumulate, state["frozen"]
     if n == 1:
-        gradient, report, states = one(batch, key)
+        gradient, report, frozen = one(frozen, batch, key)
         means = report["means"]
     else:
         # micro-batch i takes every n-th row, so that each is spread over the devices
         micro = {name: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
-        def add(total: Tree, xs: tuple) -> tuple[Tree, tuple[dict, Tree]]:
-            gradient, report, states = one(*xs)
-            sums = jax.tree.map(jnp.add, total, (gradient, report["sums"]))
-            return sums, (report["means"], states)
+        def add(carry: tuple[Tree, Tree], xs: tuple) -> tuple[tuple[Tree, Tree], dict]:
+            total, frozen = carry
+            gradient, report, frozen = one(frozen, *xs)
+            total = jax.tree.map(jnp.add, total, (gradient, report["sums"]))
+            return (total, frozen), report["means"]
 
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), key)
+        shapes = jax.eval_shape(one, frozen, jax.tree.map(lambda x: x[0], micro), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1]["sums"]))
-        (gradient, sums), (means, states) = jax.lax.scan(
-            add, zeros, (micro, jax.random.split(key, n))
+        ((gradient, sums), frozen), means = jax.lax.scan(
+            add, (zeros, frozen), (micro, jax.random.split(key, n))
         )
         report = {"sums": sums}
         means = jax.tree.map(lambda x: x.mean(0), means)
-        states = jax.tree.map(lambda x: x[-1], states)
     tokens = jnp.maximum(report["sums"].pop("tokens"), 1)
     gradient = jax.tree.map(lambda g: (g / tokens).astype(g.dtype), gradient)
     report = {name: value / tokens for name, value in report["sums"].items()}
-    return gradient, report | {"tokens": tokens, "layers": means}, states
+    return gradient, report | {"tokens": tokens, "layers": means}, frozen
 
 
 def _transformation(experiment: "Experiment") -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """The decoder-only language model: embedding, patterned blocks, final norm, head."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from bestiary.layers.base import (
     sum_costs,
 )
 from bestiary.layers.linear import Embedding, Linear
-from bestiary.layers.repeat import Repeat
+from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.sharding import shard
 
 STREAM = ("batch", "seq", "embed")
@@ -82,12 +83,20 @@ class Decoder(Layer):
     """
 
     embedding: Embedding
-    blocks: Repeat
+    blocks: Layer
+    """One stack of like blocks, or a chain of such stacks (leading dense layers, then mixtures)."""
     norm: Layer
+    shared: Layer | None = None
+    """Parameters that all blocks use, such as one memory table; they find them in `ctx.shared`."""
     head: Linear | None = None
     softcap: float | None = None
     """Bounds the logits to (-c, c) by c tanh(z / c) (Gemma-2)."""
     precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        blocks = self.blocks.layers if isinstance(self.blocks, Chain) else (self.blocks,)
+        if unlike := [type(x).__name__ for x in blocks if not isinstance(x, Repeat)]:
+            raise ValueError(f"blocks: {unlike[0]}; need a Repeat, or a Chain of nothing else")
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +104,25 @@ class Decoder(Layer):
 
     def spec(self) -> Tree:
         spec: Tree = {"embedding": self.embedding, "blocks": self.blocks, "norm": self.norm}
+        if self.shared is not None:
+            spec["shared"] = self.shared
         return spec if self.head is None else spec | {"head": self.head}
+
+    @property
+    def stacks(self) -> tuple[Repeat, ...]:
+        """The stacks of like blocks, first to last."""
+        stacks = self.blocks.layers if isinstance(self.blocks, Chain) else (self.blocks,)
+        return tuple(stack for stack in stacks if isinstance(stack, Repeat))
+
+    def map_stacks(self, f: Callable[[Repeat], Repeat]) -> "Decoder":
+        """The same model with `f` of every stack in its place."""
+        if isinstance(self.blocks, Repeat):
+            return replace(self, blocks=f(self.blocks))
+        return replace(self, blocks=Chain(layers=tuple(map(f, self.stacks))))
+
+    def unrolled(self) -> "Decoder":
+        """The same model without loops over its layers: faster on CPUs, longer to compile."""
+        return self.map_stacks(lambda stack: replace(stack, unroll=stack.n))
 
     def declare(self) -> Tree:
         """As declared by the parts, stored in `precision.params`; non-trained state stays as it
@@ -139,6 +166,7 @@ class Decoder(Layer):
         """
         x = self.embedding.apply(params["embedding"], tokens, self.precision.compute)
         x = shard(x, *STREAM)
+        ctx = replace(ctx, shared=ctx.shared | params.get("shared", {}))
         if cache is None:
             x, _, aux = self.blocks.apply(params["blocks"], x, ctx)
         else:

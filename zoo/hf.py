@@ -213,7 +213,7 @@ class Tensor:
 def tensors_of(model: Decoder) -> Iterator[Tensor]:
     """Every tensor of the model's folder, ordered by parameter."""
     family, _ = _express(model)
-    block = model.blocks.block
+    block = model.stacks[0].block
     period = len(block.layers) if isinstance(block, Chain) else 1
     for path, param in flatten(model.declare()):
         position = re.match(r"blocks/(\d+)/", path)

@@ -130,9 +130,9 @@ def gemma2_config(model: Decoder) -> dict[str, Any]:
     attention = part(block, "mixer", Attention)
     scale = attention.scale
     return config | {
-        "num_hidden_layers": 2 * model.blocks.n,
+        "num_hidden_layers": 2 * model.stacks[0].n,
         "sliding_window": attention.window,
-        "layer_types": ALTERNATING * model.blocks.n,
+        "layer_types": ALTERNATING * model.stacks[0].n,
         "attn_logit_softcapping": attention.softcap,
         "final_logit_softcapping": model.softcap,
         "query_pre_attn_scalar": attention.head_dim if scale is None else round(scale**-2),
@@ -191,7 +191,7 @@ def block_config(model: Decoder, block: Block, activation: str) -> dict[str, Any
         "vocab_size": model.vocab_size,
         "hidden_size": attention.dim,
         "intermediate_size": ffn.hidden,
-        "num_hidden_layers": model.blocks.n,
+        "num_hidden_layers": model.stacks[0].n,
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,

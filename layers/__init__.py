@@ -27,6 +27,7 @@ from bestiary.layers.base import (
 )
 from bestiary.layers.feedforward import GLU, MLP
 from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.mla import MLA
 from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
@@ -37,6 +38,7 @@ __all__ = [
     "AXES",
     "DEFAULT_RULES",
     "GLU",
+    "MLA",
     "MLP",
     "Attention",
     "Aux",

@@ -22,6 +22,7 @@ from bestiary.layers import (
     AXES,
     DEFAULT_RULES,
     GLU,
+    MLA,
     MLP,
     Attention,
     Aux,
@@ -123,6 +124,9 @@ LAYERS: dict[str, Layer] = {
     "gaussian_glu": GAUSSIAN_GLU,
     "attention": ATTENTION,
     "spark_attention": SPARK_ATTENTION,
+    "mla": MLA(
+        dim=DIM, num_heads=4, kv_rank=8, q_rank=14, nope_dim=6, rope_dim=2, value_dim=10, bias=True
+    ),
     "block": CHAIN.layers[0],
     "chain": Chain(layers=(CHAIN.layers[2], CHAIN.layers[0])),
     "repeat": REPEAT,

@@ -1,0 +1,196 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a cache of one latent per token.
+
+Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from bestiary.kernels.attention import attention
+from bestiary.kernels.dispatch import Impl
+from bestiary.layers import cache as kv
+from bestiary.layers.attention import HEADS
+from bestiary.layers.base import (
+    Array,
+    Aux,
+    Context,
+    Cost,
+    Layer,
+    Param,
+    Tree,
+    layer,
+    positive,
+    weight,
+)
+from bestiary.layers.linear import project
+from bestiary.layers.norms import RMSNorm
+from bestiary.layers.rope import Rope
+from bestiary.layers.sharding import dot, pspec
+
+LANES = 128  # heads wider than this are padded to a multiple, which the kernels need
+
+
+@layer
+class MLA(Layer):
+    """Causal self-attention [batch, seq, dim] -> the same, over latents.
+
+    c_q = norm(x W_qd), q = c_q W_q, per head [nope | rope]; [c | k_rope] = x W_kvd, c = norm(c);
+    per head k = [c W_k | k_rope], v = c W_v. Only c and the rotated k_rope are cached, kv_rank +
+    rope_dim numbers per token for all heads. Short queries decode in the absorbed form: q W_k^T
+    meets the cached latents themselves, and W_v comes after the weighted sum.
+
+    Raises ValueError for sizes below 1 and for an odd rotated width.
+    """
+
+    dim: int
+    num_heads: int
+    kv_rank: int
+    """Width of the latent c of keys and values."""
+    q_rank: int | None = None
+    """Width of the latent of queries; None: queries are projected from x directly."""
+    nope_dim: int
+    """Channels of a head without position."""
+    rope_dim: int
+    """Channels of a head with rotary position; their key is shared by the heads."""
+    value_dim: int
+    bias: bool = False
+    """The projections from and to the width have biases, a direct query excepted."""
+    rope: Rope = Rope(interleaved=True)
+    norm_eps: float = 1e-6
+    """Of the norms on the latents."""
+    scale: float | None = None
+    """Multiplies q k; None: (nope_dim + rope_dim) ** -0.5."""
+    impl: Impl = "auto"
+    out_gain: float = 1.0
+    """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
+
+    def __post_init__(self) -> None:
+        positive(dim=self.dim, num_heads=self.num_heads, kv_rank=self.kv_rank, q_rank=self.q_rank)
+        positive(nope_dim=self.nope_dim, rope_dim=self.rope_dim, value_dim=self.value_dim)
+        self.rope.frequencies(self.rope_dim)  # refuses an odd width
+
+    @property
+    def query_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def width(self) -> int:
+        """Channels of the heads that attend: queries, keys and values padded to one width."""
+        widest = max(self.query_dim, self.value_dim)
+        return widest if widest <= LANES else -(-widest // LANES) * LANES
+
+    def spec(self) -> Tree:
+        heads, latent = self.num_heads, self.kv_rank + self.rope_dim
+        out = (heads, self.value_dim, self.dim)
+        spec: Tree = {
+            "kv_down": weight((self.dim, latent), ("embed", None)),
+            "kv_norm": RMSNorm(dim=self.kv_rank, eps=self.norm_eps),
+            "key": weight((self.kv_rank, heads, self.nope_dim), (None, "heads", "head")),
+            "value": weight((self.kv_rank, heads, self.value_dim), (None, "heads", "head")),
+            "out": weight(out, ("heads", "head", "embed"), inputs=2, gain=self.out_gain),
+        }
+        if self.q_rank is None:
+            q = (self.dim, heads, self.query_dim)
+            spec["query"] = weight(q, ("embed", "heads", "head"))
+        else:
+            q = (self.q_rank, heads, self.query_dim)
+            spec["query_down"] = weight((self.dim, self.q_rank), ("embed", None))
+            spec["query_norm"] = RMSNorm(dim=self.q_rank, eps=self.norm_eps)
+            spec["query"] = weight(q, (None, "heads", "head"))
+        if self.bias:
+            spec |= {"kv_down_bias": Param((latent,), (None,)), "out_bias": Param(out[2:], (None,))}
+            if self.q_rank is not None:
+                spec["query_down_bias"] = Param((self.q_rank,), (None,))
+        return spec
+
+    def cost(self, length: int) -> Cost:
+        """Adds q k and the weighted sum of v: executed padded over all `length` keys, active over
+        the half that a query sees on average."""
+        executed = 4 * self.num_heads * self.width * length
+        active = 2 * self.num_heads * (self.query_dim + self.value_dim) * (length + 1) / 2
+        return super().cost(length) + Cost(executed, active)
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
+        index = kv.kv_cache_spec(batch, length, 1, 1, dtype)
+        shape = (batch, length, 1, self.kv_rank + self.rope_dim)
+        latents = Param(shape, ("batch", None, None, None), dtype=dtype)
+        return {"k": latents, "position": index["position"], "segment": index["segment"]}
+
+    def apply(
+        self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
+        positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
+        q = self.queries(params, x, positions)
+        latents = self.latents(params, x, positions)
+        segments = ctx.segment_ids
+        if cache is None:
+            # in a row of packed documents, order in the row and equal segments say all
+            where = {"q_segments": segments, "kv_segments": segments}
+            y = self.expanded(params, q, latents, where)
+        else:
+            positions = jnp.broadcast_to(positions, x.shape[:2])
+            # one head, which is its own value: there is no second entry to write
+            cache = kv.write(cache, latents, latents, positions, segments)
+            where = {
+                "q_positions": positions,
+                "kv_positions": cache["position"],
+                "q_segments": segments,
+                "kv_segments": None if segments is None else cache["segment"],
+            }
+            attend = (
+                self.absorbed if self.absorbs(q.shape[1], cache["k"].shape[1]) else self.expanded
+            )
+            y = attend(params, q, cache["k"].astype(x.dtype), where)
+        return project("bsnh,nhd->bsd", y, params, "out"), cache, Aux()
+
+    def queries(self, params: Tree, x: Array, positions: Array) -> Array:
+        """[batch, seq, heads, nope_dim + rope_dim], the second part rotated."""
+        if self.q_rank is not None:
+            x = project("bsd,dr->bsr", x, params, "query_down")
+            x = RMSNorm(dim=self.q_rank, eps=self.norm_eps).apply(params["query_norm"], x)
+        q = project("bsd,dnh->bsnh", x, params, "query", out=HEADS)
+        rotated = self.rope.apply(q[..., self.nope_dim :], positions)
+        return jnp.concatenate((q[..., : self.nope_dim], rotated), -1)
+
+    def latents(self, params: Tree, x: Array, positions: Array) -> Array:
+        """[batch, seq, 1, kv_rank + rope_dim]: the normalised latent and the rotated key."""
+        x = project("bsd,dr->bsr", x, params, "kv_down")
+        norm = RMSNorm(dim=self.kv_rank, eps=self.norm_eps)
+        latent = norm.apply(params["kv_norm"], x[..., : self.kv_rank])
+        key = self.rope.apply(x[..., None, self.kv_rank :], positions)
+        return jnp.concatenate((latent[..., None, :], key), -1)
+
+    def absorbs(self, length: int, slots: int) -> bool:
+        """Whether the absorbed form multiplies less for `length` queries: it widens every q k and
+        weighted sum, and projects queries instead of all cached latents."""
+        widened = 2 * (self.kv_rank + self.rope_dim - self.width) * length * slots
+        expanded = self.kv_rank * (self.nope_dim + self.value_dim) * (slots - length)
+        return widened <= expanded
+
+    def expanded(self, params: Tree, q: Array, latents: Array, where: Tree) -> Array:
+        """Keys and values of every head from the latents: [batch, T, heads, value_dim]."""
+        latent, rotated = latents[..., 0, : self.kv_rank], latents[..., self.kv_rank :]
+        k = dot("bsr,rnh->bsnh", latent, params["key"], out=HEADS)
+        v = dot("bsr,rnh->bsnh", latent, params["value"], out=HEADS)
+        rotated = jnp.broadcast_to(rotated, (*k.shape[:-1], self.rope_dim))
+        k = jnp.concatenate((k, rotated), -1)
+
+        def padded(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0),) * 3 + ((0, self.width - x.shape[-1]),))
+
+        spec = pspec(*HEADS)
+        y = self.attend(padded(q), padded(k), padded(v), where, spec=spec, kv_spec=spec)
+        return y[..., : self.value_dim]
+
+    def absorbed(self, params: Tree, q: Array, latents: Array, where: Tree) -> Array:
+        """Queries meet the latents, the one key and value of all heads: as `expanded`."""
+        q_latent = dot("bsnh,rnh->bsnr", q[..., : self.nope_dim], params["key"])
+        q = jnp.concatenate((q_latent, q[..., self.nope_dim :]), -1)
+        y = self.attend(q, latents, latents, where)[..., : self.kv_rank]
+        return dot("bsnr,rnh->bsnh", y, params["value"], out=HEADS)
+
+    def attend(self, q: Array, k: Array, v: Array, where: Tree, **specs: Any) -> Array:
+        scale = self.query_dim**-0.5 if self.scale is None else self.scale
+        return attention(q, k, v, scale=scale, impl=self.impl, **where, **specs)

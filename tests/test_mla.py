@@ -1,0 +1,203 @@
+"""Multi-head latent attention: parity with DeepSeek-V3, absorbed decoding, packing, costs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bestiary.layers import MLA, Context, Param, Rope
+from bestiary.layers.base import map_params
+
+BATCH, LENGTH, DIM = 3, 12, 20
+SIZES = {"dim": DIM, "num_heads": 4, "nope_dim": 6, "rope_dim": 4, "value_dim": 7}
+# Latents that are wider than the expanded heads, and narrower: both forms serve a chunk.
+OPTIONS = {
+    "wide": MLA(**SIZES, kv_rank=96, q_rank=9),
+    "narrow": MLA(**SIZES, kv_rank=3, q_rank=9),
+    "direct_query": MLA(**SIZES, kv_rank=5, scale=0.3, rope=Rope(theta=300.0)),
+    "bias": MLA(**SIZES, kv_rank=5, q_rank=9, bias=True),
+    "values_wider": MLA(**SIZES | {"value_dim": 13}, kv_rank=5),
+}
+every_option = pytest.mark.parametrize("name", OPTIONS)
+
+
+def close(actual: Any, expected: Any, rtol: float = 2e-5) -> None:
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
+
+
+def draw(layer: MLA) -> Any:
+    rng = np.random.default_rng(0)
+
+    def one(p: Param) -> jax.Array:
+        scale, mean = (0.3, 1.0) if p.inputs is None else (p.shape[0] ** -0.5, 0.0)
+        return jnp.asarray(rng.normal(mean, scale, p.shape), jnp.float32)
+
+    return map_params(one, layer.declare())
+
+
+def oracle(layer: MLA, params: Any, x: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Token by token in float64; rotation as a product of complex numbers."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    x = x.astype(np.float64)
+    nope = layer.nope_dim
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        rms = np.sqrt((x**2).mean(-1, keepdims=True) + layer.norm_eps)
+        return x / rms * params[name]["weight"]
+
+    def turn(x: np.ndarray, position: int) -> np.ndarray:
+        half, y = layer.rope_dim // 2, np.zeros_like(x)
+        interleaved = layer.rope.interleaved
+        a, b = (
+            (np.s_[..., 0::2], np.s_[..., 1::2])
+            if interleaved
+            else (np.s_[..., :half], np.s_[..., half:])
+        )
+        z = (x[a] + 1j * x[b]) * np.exp(1j * position * layer.rope.frequencies(layer.rope_dim))
+        y[a], y[b] = z.real, z.imag
+        return y
+
+    c = x @ params["kv_down"] + params.get("kv_down_bias", 0)
+    c, key = norm(c[..., : layer.kv_rank], "kv_norm"), c[..., layer.kv_rank :]
+    if layer.q_rank is not None:
+        down = x @ params["query_down"] + params.get("query_down_bias", 0)
+        x = norm(down, "query_norm")
+    q = np.einsum("bsd,dnh->bsnh", x, params["query"])
+    k = np.einsum("bsr,rnh->bsnh", c, params["key"])
+    v = np.einsum("bsr,rnh->bsnh", c, params["value"])
+    y = np.zeros_like(v)
+    for b, h, t in np.ndindex(y.shape[0], layer.num_heads, y.shape[1]):
+        keys = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        scores = [
+            q[b, t, h, :nope] @ k[b, s, h] + turn(q[b, t, h, nope:], t) @ turn(key[b, s], s)
+            for s in keys
+        ]
+        e = np.exp(np.array(scores) * (layer.scale or layer.query_dim**-0.5))
+        y[b, t, h] = e / e.sum() @ v[b, keys, h]
+    return np.einsum("bsnh,nhd->bsd", y, params["out"]) + params.get("out_bias", 0)
+
+
+X = np.random.default_rng(1).normal(size=(BATCH, LENGTH, DIM)).astype(np.float32)
+SEGMENTS = np.array([[1] * 12, [1] * 5 + [2] * 7, [1] * 4 + [2] * 4 + [0] * 4])
+
+
+@every_option
+def test_equals_the_oracle_in_packed_rows(name: str) -> None:
+    layer = OPTIONS[name]
+    params = draw(layer)
+    y, _, _ = jax.jit(layer.apply)(params, X, Context(segment_ids=jnp.asarray(SEGMENTS)))
+    close(y, oracle(layer, params, X, SEGMENTS))
+
+
+@every_option
+def test_decoding_equals_the_full_forward(name: str) -> None:
+    """A prompt, a chunk, then single tokens; one row holds documents, one is padded on the left."""
+    layer = OPTIONS[name]
+    params, chunks = draw(layer), (0, 7, 10, 11, 12)
+    places = np.broadcast_to(np.arange(LENGTH), SEGMENTS.shape) - np.array([[0], [0], [3]])
+    segments = np.array([[1] * 12, [1] * 5 + [2] * 7, [1] * 12])
+
+    @jax.jit
+    def run(params: Any) -> tuple[jax.Array, jax.Array]:
+        cache, outputs = layer.init_cache(BATCH, 16), []
+        for a, b in zip(chunks, chunks[1:], strict=False):
+            where = (jnp.asarray(i[:, a:b], jnp.int32) for i in (places, segments))
+            y, cache, _ = layer.apply(params, X[:, a:b], Context(*where), cache)
+            outputs.append(y)
+        whole = Context(segment_ids=jnp.asarray(np.where(places < 0, 0, segments)))
+        return layer.apply(params, X, whole)[0], jnp.concatenate(outputs, 1)
+
+    full, steps = run(params)
+    close(np.where(places[..., None] < 0, 0, steps), np.where(places[..., None] < 0, 0, full))
+
+
+def test_both_forms_are_one_function_and_the_cheaper_one_is_taken() -> None:
+    layer = OPTIONS["wide"]
+    params = draw(layer)
+    positions = jnp.arange(LENGTH)[None]
+    q, latents = layer.queries(params, X, positions), layer.latents(params, X, positions)
+    where = {"q_segments": jnp.asarray(SEGMENTS), "kv_segments": jnp.asarray(SEGMENTS)}
+    close(layer.absorbed(params, q, latents, where), layer.expanded(params, q, latents, where))
+    published = MLA(
+        dim=7680, num_heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128
+    )
+    assert published.absorbs(1, 4096) and published.absorbs(64, 4096)
+    assert not published.absorbs(512, 4096) and not published.absorbs(4096, 4096)
+
+
+@pytest.mark.parametrize("name", ["wide", "direct_query"])
+def test_the_cache_holds_latents_and_one_key(name: str) -> None:
+    layer = OPTIONS[name]
+    floats = {k: c.shape for k, c in layer.init_cache(BATCH, 50).items() if c.dtype == "float32"}
+    assert floats == {"k": (BATCH, 50, 1, layer.kv_rank + layer.rope_dim)}
+
+
+def test_impossible_sizes_are_refused() -> None:
+    for field, message in (("rope_dim", "rotates 3 of 3"), ("kv_rank", "kv_rank: 0; need")):
+        with pytest.raises(ValueError, match=message):
+            MLA(**SIZES | {"kv_rank": 5} | {field: 3 if field == "rope_dim" else 0})
+
+
+# --- golden ---------------------------------------------------------------------------------------
+
+
+def mla_of(hp: dict) -> MLA:
+    """The attention of a DeepSeek-V3 configuration; its latent norms keep the default epsilon."""
+    assert hp["rope_type"] == "default"
+    return MLA(
+        dim=hp["hidden_size"],
+        num_heads=hp["num_attention_heads"],
+        kv_rank=hp["kv_lora_rank"],
+        q_rank=hp["q_lora_rank"],
+        nope_dim=hp["qk_nope_head_dim"],
+        rope_dim=hp["qk_rope_head_dim"],
+        value_dim=hp["v_head_dim"],
+        bias=hp["attention_bias"],
+        rope=Rope(theta=hp["rope_theta"], interleaved=hp["rope_interleave"]),
+        scale=hp["attention_scale"],
+    )
+
+
+def mla_from_torch(layer: MLA, tensors: dict[str, np.ndarray]) -> Any:
+    """Parameters from the tensors of a Hugging Face `self_attn`: (out, in) matrices."""
+    heads, nope = layer.num_heads, layer.nope_dim
+    names = {"query_down": "q_a_proj", "kv_down": "kv_a_proj_with_mqa", "out": "o_proj"}
+    norms = {"query_norm": "q_a_layernorm", "kv_norm": "kv_a_layernorm"}
+    query = tensors["q_proj.weight" if layer.q_rank is None else "q_b_proj.weight"]
+    kv = tensors["kv_b_proj.weight"].T.reshape(layer.kv_rank, heads, -1)
+    params = {
+        "query": query.T.reshape(-1, heads, layer.query_dim),
+        "key": kv[..., :nope],
+        "value": kv[..., nope:],
+    }
+    for ours, theirs in names.items():
+        if f"{theirs}.weight" in tensors:
+            params[ours] = tensors[f"{theirs}.weight"].T
+        if f"{theirs}.bias" in tensors:
+            params[f"{ours}_bias"] = tensors[f"{theirs}.bias"]
+    params["out"] = params["out"].reshape(heads, layer.value_dim, -1)
+    for ours, theirs in norms.items():
+        if f"{theirs}.weight" in tensors:
+            params[ours] = {"weight": tensors[f"{theirs}.weight"]}
+    params = jax.tree.map(jnp.asarray, params)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, layer.abstract())
+    return params
+
+
+@pytest.mark.golden("mla_moe")
+def test_attention_equals_deepseek(golden: SimpleNamespace) -> None:
+    a, hp = golden.arrays, golden.hp
+    layer = mla_of(hp)
+    prefix = f"{hp['weight_prefix']}model.layers.0.self_attn."
+    tensors = {k.removeprefix(prefix): v for k, v in a.items() if k.startswith(prefix)}
+    params, x = mla_from_torch(layer, tensors), jnp.asarray(a["attn0_in"])
+    close(jax.jit(layer.apply)(params, x)[0], a["attn0_out"], 1e-5)
+    cache = layer.init_cache(*x.shape[:2])
+    for t in range(x.shape[1]):
+        ctx = Context(positions=jnp.full((x.shape[0], 1), t))
+        y, cache, _ = layer.apply(params, x[:, t : t + 1], ctx, cache)
+        close(y, a["attn0_out"][:, t : t + 1], 1e-5)

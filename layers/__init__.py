@@ -25,6 +25,7 @@ from bestiary.layers.base import (
     weight,
     zeros,
 )
+from bestiary.layers.blockffn import AdaptiveFactor, BlockFFN
 from bestiary.layers.feedforward import GLU, MLP
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mla import MLA
@@ -40,8 +41,10 @@ __all__ = [
     "GLU",
     "MLA",
     "MLP",
+    "AdaptiveFactor",
     "Attention",
     "Aux",
+    "BlockFFN",
     "Chain",
     "Context",
     "Cost",

@@ -24,8 +24,10 @@ from bestiary.layers import (
     GLU,
     MLA,
     MLP,
+    AdaptiveFactor,
     Attention,
     Aux,
+    BlockFFN,
     Chain,
     Context,
     Embedding,
@@ -69,8 +71,6 @@ HEAD_NORM = RMSNorm(dim=6)
 
 ATTENTION = Attention(
     **HEADS,
-    bias=True,
-    out_bias=True,
     query_norm=HEAD_NORM,
     key_norm=HEAD_NORM,
     softcap=4.0,
@@ -80,7 +80,7 @@ ATTENTION = Attention(
 )
 SPARK_ATTENTION = SparkAttention(**HEADS, predictor_dim=2, top_k=3)
 SPARK_FFN = SparkFFN(dim=DIM, hidden=HIDDEN, predictor_dim=4, top_k=7)
-POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm(), bias=True)
+POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm())
 POLY_RELU_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyReLU(order=2))
 SWIGLU = GLU(dim=DIM, hidden=HIDDEN, activation=Silu(), bias=True)
 GAUSSIAN_GLU = GaussianGLU(dim=DIM, hidden=HIDDEN, sparsity=0.6)
@@ -119,10 +119,21 @@ LAYERS: dict[str, Layer] = {
     "poly_relu": PolyReLU(),
     "poly_norm": PolyNorm(),
     "mlp": POLY_NORM_MLP,
+    "mlp_with_biases": MLP(dim=DIM, hidden=HIDDEN, activation=Gelu(), bias=True),
     "glu": SWIGLU,
     "spark_ffn": SPARK_FFN,
     "gaussian_glu": GAUSSIAN_GLU,
+    "block_ffn": BlockFFN(
+        dim=DIM,
+        num_experts=6,
+        expert_dim=4,
+        locality=0.1,
+        sparsity=AdaptiveFactor(start=0.2),
+        chunk=3,
+        density=0.5,
+    ),
     "attention": ATTENTION,
+    "attention_with_biases": Attention(**HEADS, bias=True, out_bias=True),
     "spark_attention": SPARK_ATTENTION,
     "mla": MLA(
         dim=DIM, num_heads=4, kv_rank=8, q_rank=14, nope_dim=6, rope_dim=2, value_dim=10, bias=True
@@ -294,18 +305,22 @@ def test_jit_equals_eager(name: str) -> None:
 
 @every_layer
 def test_gradients_equal_finite_differences(name: str) -> None:
-    """Along a random direction of all parameters, and none is without gradient."""
+    """Along a random direction of all trained parameters, and none is without gradient."""
     pure = LAYERS[name]
-    params, x = draw(pure.declare()), inputs(pure)
+    declared = pure.declare()
+    params, x = draw(declared), inputs(pure)
     apply, gradient = compiled(pure)
     ct = cotangent(apply(params, x))
     grads = gradient(params, x, ct)
+    trained = {path: p.trainable for path, p in flatten(declared)}
     for path, g in flatten(grads):
-        assert isinstance(g, dict) or np.any(g), f"{path} gets no gradient"
+        assert np.any(g) or not trained[path], f"{path} gets no gradient"
     if not jax.tree.leaves(params):
         return
     rng, eps = np.random.default_rng(3), 1e-4  # small: thresholds must not be crossed
-    direction = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    direction = map_params(
+        lambda p: p.trainable * rng.normal(size=p.shape).astype(np.float32), declared
+    )
 
     def along(step: float) -> float:
         moved = jax.tree.map(lambda p, d: p + step * d, params, direction)

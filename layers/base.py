@@ -161,11 +161,10 @@ class Context:
 
     def mean(self, x: Array) -> Array:
         """Mean over the tokens that are not padding: [batch, seq, ...] -> float32 [...]."""
-        x = x.astype(jnp.float32)
         if self.segment_ids is None:
-            return x.mean((0, 1))
-        real = (self.segment_ids > 0).astype(jnp.float32)
-        return jnp.tensordot(real, x, 2) / jnp.maximum(real.sum(), 1)
+            return x.mean((0, 1), dtype=jnp.float32)
+        real = jnp.expand_dims(self.segment_ids > 0, range(2, x.ndim))
+        return jnp.where(real, x, 0).sum((0, 1), dtype=jnp.float32) / jnp.maximum(real.sum(), 1)
 
 
 @jax.tree_util.register_dataclass

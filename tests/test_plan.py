@@ -68,9 +68,10 @@ def test_collectives_of_a_layer_are_those_of_theory(plans):
     gains = sum(p.nbytes for p in block if p.inputs is None)
     # fsdp gathers each of the 7 matrices forwards and backwards, from what tensor leaves of it
     assert of_a_layer("all-gather", "fsdp") == (2 * 7, 2 * matrices / TENSOR)
-    # Megatron: the outputs of attention and feed-forward, and the gradients of their inputs
+    # Megatron: the outputs of attention and feed-forward, and the gradients of their inputs; with
+    # one of them the number of units that are not zero
     activations = ROWS // FSDP * LENGTH * DIM * 4
-    assert of_a_layer("all-reduce", "tensor") == (4, 4 * activations)
+    assert of_a_layer("all-reduce", "tensor") == (4, 4 * activations + 4)
     # gradients of matrices are scattered, or small ones reduced whole with those of the gains
     scattered, reduced = (of_a_layer(k, "fsdp")[1] for k in ("reduce-scatter", "all-reduce"))
     assert scattered + reduced == matrices / TENSOR + gains

@@ -268,7 +268,7 @@ def test_sparse_models_report_their_activations(text: str, tmp_path: Path) -> No
     from bestiary.layers.spark import SparkFFN
 
     model = tiny_model(ffn=SparkFFN(dim=16, hidden=48, predictor_dim=8, top_k=5))
-    train(tiny(text, model=model, run_dir=str(tmp_path), steps=4), "spark")
+    train(tiny(text, model=model, run_dir=str(tmp_path), steps=4), "own")
     shares = read_metrics(tmp_path)[-1]["layers"]["ffn/nonzero"]
     assert len(shares) == 2 and all(0.03 < share < 0.3 for share in shares)
     assert not (tmp_path / "overrides.json").exists()  # there is no such experiment by name

@@ -26,7 +26,7 @@ AXES = {
     "vocab": "token ids",
     "layers": "stacked repeats",
     "experts": "experts of a mixture",
-    "memory": "rows of a memory table",
+    "memory": "columns of a memory table",
     "state": "channels of a recurrent state",
 }
 

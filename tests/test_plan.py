@@ -72,9 +72,10 @@ def test_collectives_of_a_layer_are_those_of_theory(plans):
     # one of them the number of units that are not zero
     activations = ROWS // FSDP * LENGTH * DIM * 4
     assert of_a_layer("all-reduce", "tensor") == (4, 4 * activations + 4)
-    # gradients of matrices are scattered, or small ones reduced whole with those of the gains
+    # gradients of matrices are scattered, or small ones reduced whole with those of the gains; and
+    # how often each hidden unit is not zero
     scattered, reduced = (of_a_layer(k, "fsdp")[1] for k in ("reduce-scatter", "all-reduce"))
-    assert scattered + reduced == matrices / TENSOR + gains
+    assert scattered + reduced == matrices / TENSOR + gains + HIDDEN * 4 / TENSOR
     assert scattered > 0.7 * matrices / TENSOR
     # beside the layers, the head is gathered once, with its backward pass
     head = VOCAB * DIM * 4 // TENSOR

@@ -28,19 +28,30 @@ from bestiary.layers.base import (
 from bestiary.layers.blockffn import AdaptiveFactor, BlockFFN
 from bestiary.layers.feedforward import GLU, MLP
 from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
 from bestiary.layers.mla import MLA
+from bestiary.layers.moe import MoE
 from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
+from bestiary.layers.router import Router
 from bestiary.layers.sharding import AXES, DEFAULT_RULES, dot, pspec, shard, take, use_rules
 from bestiary.layers.spark import GaussianGLU, SparkAttention, SparkFFN
+from bestiary.layers.ultramem import UltraMem, UltraMemV2
 
 __all__ = [
+    "UltraMemV2",
+    "UltraMem",
+    "PKM",
+    "PEER",
+    "MemoryTable",
+    "MemoryPlus",
     "AXES",
     "DEFAULT_RULES",
     "GLU",
     "MLA",
     "MLP",
+    "MoE",
     "AdaptiveFactor",
     "Attention",
     "Aux",
@@ -65,6 +76,7 @@ __all__ = [
     "ReluSquared",
     "Repeat",
     "Rope",
+    "Router",
     "Silu",
     "SparkAttention",
     "SparkFFN",

@@ -24,6 +24,8 @@ from bestiary.layers import (
     GLU,
     MLA,
     MLP,
+    PEER,
+    PKM,
     AdaptiveFactor,
     Attention,
     Aux,
@@ -37,6 +39,9 @@ from bestiary.layers import (
     Layer,
     LayerNorm,
     Linear,
+    MemoryPlus,
+    MemoryTable,
+    MoE,
     Param,
     PolyNorm,
     PolyReLU,
@@ -46,9 +51,12 @@ from bestiary.layers import (
     Repeat,
     RMSNorm,
     Rope,
+    Router,
     Silu,
     SparkAttention,
     SparkFFN,
+    UltraMem,
+    UltraMemV2,
     dot,
     layer,
     pspec,
@@ -84,6 +92,7 @@ POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm())
 POLY_RELU_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyReLU(order=2))
 SWIGLU = GLU(dim=DIM, hidden=HIDDEN, activation=Silu(), bias=True)
 GAUSSIAN_GLU = GaussianGLU(dim=DIM, hidden=HIDDEN, sparsity=0.6)
+PRODUCT_KEYS = {"dim": DIM, "num_heads": 2, "num_keys": 6, "key_dim": 8, "top_k": 3}
 
 # Every kind of parameter there is, and a constant that differs by repeat.
 CHAIN = Chain(
@@ -132,11 +141,37 @@ LAYERS: dict[str, Layer] = {
         chunk=3,
         density=0.5,
     ),
+    "router": Router(dim=DIM, num_experts=6, top_k=2, balance=0.1),
+    "moe": MoE(
+        router=Router(dim=DIM, num_experts=6, top_k=2, score="sigmoid", bias="centered"),
+        expert=GLU(dim=DIM, hidden=HIDDEN, activation=Silu()),
+        shared=GLU(dim=DIM, hidden=8, activation=Silu()),
+    ),
     "attention": ATTENTION,
     "attention_with_biases": Attention(**HEADS, bias=True, out_bias=True),
     "spark_attention": SPARK_ATTENTION,
     "mla": MLA(
         dim=DIM, num_heads=4, kv_rank=8, q_rank=14, nope_dim=6, rope_dim=2, value_dim=10, bias=True
+    ),
+    "pkm": PKM(**PRODUCT_KEYS),
+    "memory_plus": MemoryPlus(**PRODUCT_KEYS),
+    "peer": PEER(**PRODUCT_KEYS),
+    "ultramem": UltraMem(
+        dim=DIM,
+        key_dim=8,
+        top_k=3,
+        num_heads=2,
+        expand=4,
+        table=MemoryTable(rows=9, dim=14, slices=2, reads=6),
+    ),
+    "ultramem_v2": UltraMemV2(
+        dim=DIM,
+        key_dim=8,
+        top_k=3,
+        num_layers=5,
+        share_ratio=0.5,
+        pre_activation=Gelu(),
+        table=MemoryTable(rows=45, dim=14, pre_dim=10, slices=2, reads=3),
     ),
     "block": CHAIN.layers[0],
     "chain": Chain(layers=(CHAIN.layers[2], CHAIN.layers[0])),
@@ -189,7 +224,14 @@ def compiled(pure: Layer) -> tuple[Callable, Callable]:
     def loss(params: Any, x: jax.Array, cotangent: jax.Array) -> jax.Array:
         return (value(params, x) * cotangent).sum()
 
-    return jax.jit(value), jax.jit(jax.grad(loss))
+    def gradient(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        grads = jax.grad(loss, allow_int=True)(params, x, cotangent)
+        is_state = jax.dtypes.float0  # of integers
+        return jax.tree.map(
+            lambda p, g: jnp.zeros_like(p) if g.dtype == is_state else g, params, grads
+        )
+
+    return jax.jit(value), jax.jit(gradient)
 
 
 def cotangent(y: jax.Array) -> jax.Array:
@@ -207,7 +249,9 @@ def all_layer_classes() -> set[type]:
     def below(cls: type) -> set[type]:
         return {cls}.union(*(below(c) for c in cls.__subclasses__()))
 
-    return {c for c in below(Layer) - {Layer} if c.__module__.startswith("bestiary.")}
+    # a class without an apply of its own holds parameters for others
+    applied = {c for c in below(Layer) if c.apply is not Layer.apply}
+    return {c for c in applied if c.__module__.startswith("bestiary.")}
 
 
 def test_the_table_covers_every_layer_class() -> None:
@@ -323,7 +367,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     )
 
     def along(step: float) -> float:
-        moved = jax.tree.map(lambda p, d: p + step * d, params, direction)
+        moved = jax.tree.map(lambda p, d: (p + step * d).astype(p.dtype), params, direction)
         return float(np.sum(np.asarray(apply(moved, x), np.float64) * np.asarray(ct, np.float64)))
 
     slope = (along(eps) - along(-eps)) / (2 * eps)

@@ -1,5 +1,8 @@
 """Dense feed-forward layers: (params, x, ctx) -> (y, Aux)."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 
 from bestiary.layers.base import Array, Aux, Context, Layer, Param, Tree, layer, positive, weight
@@ -78,3 +81,21 @@ def nonzero(h: Array, ctx: Context) -> Array:
     """Share of the hidden activations [batch, seq, hidden] that are not exactly zero: float32."""
     count = jnp.sum(h != 0, -1, dtype=jnp.int32)  # integers: CPUs add them in any order, faster
     return ctx.mean(count) / h.shape[-1]
+
+
+@layer
+class Parallel(Layer):
+    """The sum of feed-forwards that read the same input: [batch, seq, dim] -> the same."""
+
+    layers: tuple[Layer, ...]
+
+    def spec(self) -> Tree:
+        return {str(i): layer for i, layer in enumerate(self.layers)}
+
+    def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
+        parts, aux = [], {}
+        for i, member in enumerate(self.layers):
+            here = ctx if ctx.key is None else replace(ctx, key=jax.random.fold_in(ctx.key, i))
+            part, aux[str(i)] = member.apply(params[str(i)], x, here)
+            parts.append(part)
+        return sum(parts[1:], parts[0]), Aux.join(**aux)

@@ -31,6 +31,7 @@ from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
 from bestiary.layers.mla import MLA
 from bestiary.layers.moe import MoE
+from bestiary.layers.mohd import Fusion, MoHDFFN, MoHDResidual, SubDimensions
 from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
@@ -40,18 +41,13 @@ from bestiary.layers.spark import GaussianGLU, SparkAttention, SparkFFN
 from bestiary.layers.ultramem import UltraMem, UltraMemV2
 
 __all__ = [
-    "UltraMemV2",
-    "UltraMem",
-    "PKM",
-    "PEER",
-    "MemoryTable",
-    "MemoryPlus",
     "AXES",
     "DEFAULT_RULES",
     "GLU",
     "MLA",
     "MLP",
-    "MoE",
+    "PEER",
+    "PKM",
     "AdaptiveFactor",
     "Attention",
     "Aux",
@@ -61,12 +57,18 @@ __all__ = [
     "Cost",
     "Count",
     "Embedding",
+    "Fusion",
     "GaussianGLU",
     "Gelu",
     "GeluTanh",
     "Layer",
     "LayerNorm",
     "Linear",
+    "MemoryPlus",
+    "MemoryTable",
+    "MoE",
+    "MoHDFFN",
+    "MoHDResidual",
     "Param",
     "PolyNorm",
     "PolyReLU",
@@ -80,6 +82,9 @@ __all__ = [
     "Silu",
     "SparkAttention",
     "SparkFFN",
+    "SubDimensions",
+    "UltraMem",
+    "UltraMemV2",
     "constant",
     "dot",
     "layer",

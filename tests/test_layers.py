@@ -33,6 +33,7 @@ from bestiary.layers import (
     Chain,
     Context,
     Embedding,
+    Fusion,
     GaussianGLU,
     Gelu,
     GeluTanh,
@@ -42,6 +43,8 @@ from bestiary.layers import (
     MemoryPlus,
     MemoryTable,
     MoE,
+    MoHDFFN,
+    MoHDResidual,
     Param,
     PolyNorm,
     PolyReLU,
@@ -55,6 +58,7 @@ from bestiary.layers import (
     Silu,
     SparkAttention,
     SparkFFN,
+    SubDimensions,
     UltraMem,
     UltraMemV2,
     dot,
@@ -92,6 +96,7 @@ POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm())
 POLY_RELU_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyReLU(order=2))
 SWIGLU = GLU(dim=DIM, hidden=HIDDEN, activation=Silu(), bias=True)
 GAUSSIAN_GLU = GaussianGLU(dim=DIM, hidden=HIDDEN, sparsity=0.6)
+GATE = SubDimensions(dim=DIM, num=4, num_shared=1, top_k=2)
 PRODUCT_KEYS = {"dim": DIM, "num_heads": 2, "num_keys": 6, "key_dim": 8, "top_k": 3}
 
 # Every kind of parameter there is, and a constant that differs by repeat.
@@ -147,6 +152,9 @@ LAYERS: dict[str, Layer] = {
         expert=GLU(dim=DIM, hidden=HIDDEN, activation=Silu()),
         shared=GLU(dim=DIM, hidden=8, activation=Silu()),
     ),
+    "fusion": Fusion(width=DIM, kind="monarch"),
+    "mohd_ffn": MoHDFFN(gate=GATE, hidden=HIDDEN),
+    "mohd_residual": MoHDResidual(gate=GATE, inner=Attention(**HEADS)),
     "attention": ATTENTION,
     "attention_with_biases": Attention(**HEADS, bias=True, out_bias=True),
     "spark_attention": SPARK_ATTENTION,

@@ -26,7 +26,7 @@ from bestiary.layers.base import (
     zeros,
 )
 from bestiary.layers.blockffn import AdaptiveFactor, BlockFFN
-from bestiary.layers.feedforward import GLU, MLP
+from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
 from bestiary.layers.mla import MLA
@@ -69,6 +69,7 @@ __all__ = [
     "MoE",
     "MoHDFFN",
     "MoHDResidual",
+    "Parallel",
     "Param",
     "PolyNorm",
     "PolyReLU",

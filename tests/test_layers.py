@@ -45,6 +45,7 @@ from bestiary.layers import (
     MoE,
     MoHDFFN,
     MoHDResidual,
+    Parallel,
     Param,
     PolyNorm,
     PolyReLU,
@@ -96,7 +97,7 @@ POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm())
 POLY_RELU_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyReLU(order=2))
 SWIGLU = GLU(dim=DIM, hidden=HIDDEN, activation=Silu(), bias=True)
 GAUSSIAN_GLU = GaussianGLU(dim=DIM, hidden=HIDDEN, sparsity=0.6)
-GATE = SubDimensions(dim=DIM, num=4, num_shared=1, top_k=2)
+GATE = SubDimensions(dim=DIM, num=4, num_shared=1, top_k=2, balance=0.0)
 PRODUCT_KEYS = {"dim": DIM, "num_heads": 2, "num_keys": 6, "key_dim": 8, "top_k": 3}
 
 # Every kind of parameter there is, and a constant that differs by repeat.
@@ -181,6 +182,7 @@ LAYERS: dict[str, Layer] = {
         pre_activation=Gelu(),
         table=MemoryTable(rows=45, dim=14, pre_dim=10, slices=2, reads=3),
     ),
+    "parallel": Parallel(layers=(SWIGLU, PKM(**PRODUCT_KEYS))),
     "block": CHAIN.layers[0],
     "chain": Chain(layers=(CHAIN.layers[2], CHAIN.layers[0])),
     "repeat": REPEAT,

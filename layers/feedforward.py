@@ -1,9 +1,9 @@
 """Dense feed-forward layers: (params, x, ctx) -> (y, Aux)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 
 from bestiary.layers.base import Array, Aux, Context, Layer, Param, Tree, layer, positive, weight
 from bestiary.layers.linear import project
@@ -40,7 +40,7 @@ class MLP(Layer):
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
         u = project("bsd,df->bsf", x, params, "up", out=HIDDEN)
         h = self.activation.apply(params["activation"], u)
-        return project("bsf,fd->bsd", h, params, "down"), Aux(metrics={"nonzero": nonzero(h, ctx)})
+        return down(h, params, "down", ctx)
 
 
 @layer
@@ -72,9 +72,26 @@ class GLU(Layer):
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
         gate = project("bsd,df->bsf", x, params, "gate", out=HIDDEN)
+        gate = self.activation.apply(params["activation"], gate)
         up = project("bsd,df->bsf", x, params, "up", out=HIDDEN)
-        h = self.activation.apply(params["activation"], gate) * up
-        return project("bsf,fd->bsd", h, params, "down"), Aux(metrics={"nonzero": nonzero(h, ctx)})
+        return down(gate * up, params, "down", ctx, lambda: gate)
+
+
+def down(
+    h: Array, params: Tree, name: str, ctx: Context, gate: Callable[[], Array] | None = None
+) -> tuple[Array, Aux]:
+    """The last product of a feed-forward, by params[name]: hidden activations [batch, seq, hidden]
+    -> ([batch, seq, dim], what it reports of them).
+
+    A probe that somebody has put beside the parameters comes first and may measure or thin out the
+    activations: params["probe"](h, gate, params[name], ctx) -> (h, metrics). `gate` gives the
+    activated gate, shaped as h (None: the layer has none, h stands for it).
+    """
+    metrics = {}
+    if "probe" in params:
+        h, metrics = params["probe"](h, h if gate is None else gate(), params[name], ctx)
+    y = project("bsf,fd->bsd", h, params, name)
+    return y, Aux(metrics=metrics | {"nonzero": nonzero(h, ctx)})
 
 
 def nonzero(h: Array, ctx: Context) -> Array:

@@ -5,6 +5,7 @@ give the threshold that keeps about k of them (statistical top-k).
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -25,7 +26,7 @@ from bestiary.layers.base import (
     positive,
     weight,
 )
-from bestiary.layers.feedforward import HIDDEN, nonzero
+from bestiary.layers.feedforward import HIDDEN, down
 from bestiary.layers.sharding import dot, pspec
 
 GateActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -74,16 +75,16 @@ class SparkFFN(Layer):
         r = self.predictor_dim
         scores = dot("bsd,df->bsf", x[..., :r], params["predictor"], out=HIDDEN)
         values = dot("bsd,df->bsf", x[..., r:], params["value"], out=HIDDEN)
-        h = stat_topk_glu(
+        glu = partial(
+            stat_topk_glu,
             scores,
-            values,
             quantile=normal_quantile(self.top_k, self.hidden),
             ddof=self.ddof,
             activation=self.activation,
             spec=pspec(*HIDDEN),
             impl=self.impl,
         )
-        return dot("bsf,fd->bsd", h, params["out"]), Aux(metrics={"nonzero": nonzero(h, ctx)})
+        return down(glu(values), params, "out", ctx, lambda: glu(jnp.ones_like(values)))
 
 
 @layer
@@ -118,16 +119,16 @@ class GaussianGLU(Layer):
         gate = dot("bsd,df->bsf", x, params["gate"], out=HIDDEN)
         up = dot("bsd,df->bsf", x, params["up"], out=HIDDEN)
         sparsity = ctx.layer["sparsity"] if "sparsity" in ctx.layer else jnp.float32(self.sparsity)
-        h = stat_topk_glu(
+        glu = partial(
+            stat_topk_glu,
             gate,
-            up,
             quantile=jax.scipy.special.ndtri(sparsity),  # -inf at 0: no threshold
             ddof=self.ddof,
             activation=self.activation,
             spec=pspec(*HIDDEN),
             impl=self.impl,
         )
-        return dot("bsf,fd->bsd", h, params["down"]), Aux(metrics={"nonzero": nonzero(h, ctx)})
+        return down(glu(up), params, "down", ctx, lambda: glu(jnp.ones_like(up)))
 
 
 @layer

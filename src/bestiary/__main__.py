@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": Command("eval.plan", "Options", "run", "compile for a TPU that is not there"),
     "import": Command("train.weights", "Import", "run_import", "a run from a Hugging Face folder"),
     "export": Command("train.weights", "Export", "run_export", "a Hugging Face folder from a run"),
+    "merge": Command("train.merge", "Merge", "run", "one run from checkpoints or from runs"),
 }
 
 
@@ -96,7 +97,7 @@ def parse(name: str, cls: type[T], argv: Sequence[str], default: T | None = None
                 cls,
                 prog=f"bestiary {name}",
                 args=list(argv),
-                default=default,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 config=(tyro.conf.FlagConversionOff,) if default is not None else None,
             )
     except SystemExit as stop:
@@ -107,11 +108,17 @@ def parse(name: str, cls: type[T], argv: Sequence[str], default: T | None = None
 
 def _plain(boxed: str) -> str:
     """tyro's framed message as one line: what is wrong, and the nearest flags if it names some."""
-    lines = [line.strip(" │") for line in boxed.splitlines() if line.strip().startswith("│")]
-    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
+    parts: list[list[str]] = [[]]  # between rules, which are of ASCII where stdout is
+    for line in boxed.splitlines()[1:]:  # after the title
+        line = line.strip(" │")
+        if set(line) <= set("─-╰╯"):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    what, *rest = [" ".join(part) for part in parts if part]
     # a refusal names its field itself; of tyro's preface only the path of a part says more
-    finding = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", " ".join(lines[: rules[0]]))
-    nearest = re.findall(r"--[\w.-]+", " ".join(lines[rules[0] :]))
+    finding = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", what)
+    nearest = re.findall(r"--[\w.-]+", " ".join(rest))
     flags = list(dict.fromkeys(f for f in nearest if f != "--help" and f not in finding))
     return finding + (f"; perhaps {' or '.join(flags[:3])}" if flags else "")
 

@@ -8,8 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.layers import MLA, Context, Param, Rope
-from bestiary.layers.base import map_params
+from bestiary.layers import (
+    GLU,
+    MLA,
+    Chain,
+    Context,
+    Embedding,
+    Layer,
+    Linear,
+    MoE,
+    Param,
+    Repeat,
+    RMSNorm,
+    Rope,
+    Router,
+    Silu,
+)
+from bestiary.layers.base import flatten, map_params
+from bestiary.zoo.decoder import Block, Decoder
 
 BATCH, LENGTH, DIM = 3, 12, 20
 SIZES = {"dim": DIM, "num_heads": 4, "nope_dim": 6, "rope_dim": 4, "value_dim": 7}
@@ -129,6 +145,19 @@ def test_both_forms_are_one_function_and_the_cheaper_one_is_taken() -> None:
     assert not published.absorbs(512, 4096) and not published.absorbs(4096, 4096)
 
 
+def test_every_parameter_learns_through_scan_and_remat() -> None:
+    layer = OPTIONS["bias"]
+    ffn = GLU(dim=DIM, hidden=8, activation=Silu())
+    stack = Repeat(block=Block(mixer=layer, ffn=ffn, norm=RMSNorm(dim=DIM)), n=2, remat="full")
+
+    @jax.jit
+    def gradient(params: Any) -> Any:
+        return jax.grad(lambda params: (stack.apply(params, jnp.asarray(X))[0] ** 2).sum())(params)
+
+    for path, g in flatten(gradient(stack.init(jax.random.key(0)))):
+        assert np.all(np.any(g, axis=tuple(range(1, g.ndim)))), path
+
+
 @pytest.mark.parametrize("name", ["wide", "direct_query"])
 def test_the_cache_holds_latents_and_one_key(name: str) -> None:
     layer = OPTIONS[name]
@@ -143,6 +172,10 @@ def test_impossible_sizes_are_refused() -> None:
 
 
 # --- golden ---------------------------------------------------------------------------------------
+
+
+def prefixed(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def mla_of(hp: dict) -> MLA:
@@ -193,7 +226,7 @@ def test_attention_equals_deepseek(golden: SimpleNamespace) -> None:
     a, hp = golden.arrays, golden.hp
     layer = mla_of(hp)
     prefix = f"{hp['weight_prefix']}model.layers.0.self_attn."
-    tensors = {k.removeprefix(prefix): v for k, v in a.items() if k.startswith(prefix)}
+    tensors = prefixed(a, prefix)
     params, x = mla_from_torch(layer, tensors), jnp.asarray(a["attn0_in"])
     close(jax.jit(layer.apply)(params, x)[0], a["attn0_out"], 1e-5)
     cache = layer.init_cache(*x.shape[:2])
@@ -201,3 +234,120 @@ def test_attention_equals_deepseek(golden: SimpleNamespace) -> None:
         ctx = Context(positions=jnp.full((x.shape[0], 1), t))
         y, cache, _ = layer.apply(params, x[:, t : t + 1], ctx, cache)
         close(y, a["attn0_out"][:, t : t + 1], 1e-5)
+
+
+def deepseek_of(hp: dict) -> Decoder:
+    """Leading dense layers, then mixtures of experts."""
+    assert hp["hidden_act"] == "silu" and not hp["tie_word_embeddings"]
+    assert hp["topk_weight_eps"] == 1e-20
+    dim, vocab_size = hp["hidden_size"], hp["vocab_size"]
+    norm = RMSNorm(dim=dim, eps=hp["rms_norm_eps"])
+
+    def swiglu(hidden: int) -> GLU:
+        return GLU(dim=dim, hidden=hidden, activation=Silu())
+
+    router = Router(
+        dim=dim,
+        num_experts=hp["n_routed_experts"],
+        top_k=hp["num_experts_per_tok"],
+        score=hp["router_score"],
+        normalize=hp["norm_topk_prob"],
+        scale=hp["routed_scaling_factor"],
+        num_groups=hp["n_group"],
+        top_groups=hp["topk_group"],
+        group_top=hp["group_score_top"],
+        bias="sign",
+    )
+    width, shared = hp["moe_intermediate_size"], hp["n_shared_experts"]
+    mixture = MoE(
+        router=router, expert=swiglu(width), shared=swiglu(width * shared) if shared else None
+    )
+
+    def stack(ffn: Layer, n: int) -> Repeat:
+        return Repeat(block=Block(mixer=mla_of(hp), ffn=ffn, norm=norm), n=n)
+
+    dense = hp["first_k_dense_replace"]
+    stacks = (swiglu(hp["intermediate_size"]), dense), (mixture, hp["num_hidden_layers"] - dense)
+    return Decoder(
+        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+        blocks=Chain(layers=tuple(stack(ffn, n) for ffn, n in stacks if n)),
+        norm=norm,
+        head=Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+    )
+
+
+def ffn_from_torch(layer: Layer, tensors: dict[str, np.ndarray]) -> Any:
+    if isinstance(layer, GLU):
+        names = ("gate", "up", "down")
+        return {n: tensors[f"{n}_proj.weight"].T for n in names} | {"activation": {}}
+    assert isinstance(layer, MoE)
+    gate, up = np.split(tensors["experts.gate_up_proj"].swapaxes(1, 2), 2, -1)
+    down = tensors["experts.down_proj"].swapaxes(1, 2)
+    bias = tensors["gate.e_score_correction_bias"]
+    params = {
+        "router": {"weight": tensors["gate.weight"].T, "bias": bias, "load": 0 * bias},
+        "experts": {"gate": gate, "up": up, "down": down, "activation": {}},
+    }
+    if layer.shared:
+        params["shared"] = ffn_from_torch(layer.shared, prefixed(tensors, "shared_experts."))
+    return params
+
+
+def deepseek_from_torch(model: Decoder, tensors: dict[str, np.ndarray]) -> Any:
+    first, blocks = 0, {}
+    for i, stack in enumerate(model.stacks):
+        assert isinstance(stack.block, Block) and isinstance(stack.block.mixer, MLA)
+        layers = []
+        for n in range(first, first + stack.n):
+            mine = prefixed(tensors, f"model.layers.{n}.")
+            layers.append(
+                {
+                    "mixer": mla_from_torch(stack.block.mixer, prefixed(mine, "self_attn.")),
+                    "ffn": ffn_from_torch(stack.block.ffn, prefixed(mine, "mlp.")),
+                    "mixer_norm": {"weight": mine["input_layernorm.weight"]},
+                    "ffn_norm": {"weight": mine["post_attention_layernorm.weight"]},
+                }
+            )
+        first += stack.n
+        blocks[str(i)] = jax.tree.map(lambda *w: jnp.stack(w), *layers)
+    params = {
+        "embedding": {"table": tensors["model.embed_tokens.weight"]},
+        "blocks": blocks,
+        "norm": {"weight": tensors["model.norm.weight"]},
+        "head": {"weight": tensors["lm_head.weight"].T},
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, model.abstract())
+    return params
+
+
+@pytest.mark.golden("mla_moe")
+def test_model_equals_deepseek(golden: SimpleNamespace) -> None:
+    """Hidden states and logits, in one piece and token by token."""
+    a, hp = golden.arrays, golden.hp
+    model = deepseek_of(hp)
+    params = deepseek_from_torch(model, prefixed(a, hp["weight_prefix"]))
+    ids = jnp.asarray(a["input_ids"], jnp.int32)
+
+    @jax.jit
+    def run(params: Any) -> tuple:
+        states = [model.embedding.apply(params["embedding"], ids)]
+        for i, stack in enumerate(model.stacks):
+            for n in range(stack.n):
+                mine = jax.tree.map(lambda w, n=n: w[n], params["blocks"][str(i)])
+                states.append(stack.block.apply(mine, states[-1])[0])
+        states[-1] = model.norm.apply(params["norm"], states[-1])
+        return states, model.apply(params, ids)[0]
+
+    states, logits = run(params)
+    for i, x in enumerate(states):
+        close(x, a[f"hidden_{i}"], 1e-5)
+    close(logits, a["logits"], 1e-5)
+
+    step = jax.jit(lambda params, ids, cache: model.apply(params, ids, Context(), cache)[:2])
+    prompt, cache = ids.shape[1] // 2, model.init_cache(*ids.shape)
+    steps, cache = step(params, ids[:, :prompt], cache)
+    close(steps, a["logits"][:, :prompt], 1e-5)
+    for t in range(prompt, ids.shape[1]):
+        steps, cache = step(params, ids[:, t : t + 1], cache)
+        close(steps, a["logits"][:, t : t + 1], 1e-5)

@@ -49,7 +49,8 @@ class Attention(Layer):
     out_bias: bool = False
     rope: Rope | None = Rope()
     query_norm: Layer | None = None
-    """Norm over head_dim of every query (QK-norm); key_norm likewise."""
+    """Norm over head_dim of every query (QK-norm), or over all heads together where that is its
+    width (OLMoE); key_norm likewise."""
     key_norm: Layer | None = None
     window: int | None = None
     """How many keys a query sees, its own included; None: all before it."""
@@ -121,9 +122,9 @@ class Attention(Layer):
         k = project("bsd,dnh->bsnh", x, params, "key", out=KV_HEADS)
         v = project("bsd,dnh->bsnh", x, params, "value", out=KV_HEADS)
         if self.query_norm:
-            q = self.query_norm.apply(params["query_norm"], q)
+            q = _normed(self.query_norm, params["query_norm"], q)
         if self.key_norm:
-            k = self.key_norm.apply(params["key_norm"], k)
+            k = _normed(self.key_norm, params["key_norm"], k)
         positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         if cache is None:
@@ -181,3 +182,10 @@ class Attention(Layer):
             kv_spec=pspec(*KV_HEADS),
             impl=self.impl,
         )
+
+
+def _normed(norm: Layer, params: Tree, x: Array) -> Array:
+    """x [batch, seq, heads, head] over its last axis, or over its last two."""
+    if getattr(norm, "dim", x.shape[-1]) == x.shape[-1]:
+        return norm.apply(params, x)
+    return norm.apply(params, x.reshape(*x.shape[:2], -1)).reshape(x.shape)

@@ -188,6 +188,11 @@ class Aux:
         state = {name: aux.state for name, aux in children.items() if aux.state}
         return Aux(losses, metrics, state)
 
+    def __or__(self, other: "Aux") -> "Aux":
+        """Of two parts of one layer whose metrics and states have names of their own."""
+        losses = Aux.join(a=self, b=other).losses
+        return Aux(losses, self.metrics | other.metrics, self.state | other.state)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:

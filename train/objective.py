@@ -13,6 +13,10 @@ Batch = dict[str, Any]
 """inputs, targets, positions, segment_ids int32 [batch, seq]; weights float32 [batch, seq]."""
 
 
+def context(batch: Batch, key: Array | None = None) -> Context:
+    return Context(positions=batch["positions"], segment_ids=batch["segment_ids"], key=key)
+
+
 def token_losses(
     model: Decoder, params: Tree, batch: Batch, *, key: Array | None = None, chunks: int = 1
 ) -> tuple[Array, Array, Aux]:
@@ -21,8 +25,14 @@ def token_losses(
     The logits exist for 1 / `chunks` of the positions at a time, forwards and backwards. Raises
     ValueError when the sequence does not divide into `chunks`.
     """
-    ctx = Context(positions=batch["positions"], segment_ids=batch["segment_ids"], key=key)
-    x, _, aux = model.hidden(params, batch["inputs"], ctx)
+    x, _, aux = model.hidden(params, batch["inputs"], context(batch, key))
+    return *head_losses(model, params, x, batch["targets"], chunks), aux
+
+
+def head_losses(
+    model: Decoder, params: Tree, x: Array, targets: Array, chunks: int
+) -> tuple[Array, Array]:
+    """As `token_losses`, from final hidden states [batch, seq, dim]."""
 
     def head(x: Array, targets: Array) -> tuple[Array, Array]:
         logits = model.logits(params, x)
@@ -32,7 +42,7 @@ def token_losses(
         return log_z - jnp.where(hit, logits, 0).sum(-1), log_z
 
     if chunks == 1:
-        return *head(x, batch["targets"]), aux
+        return head(x, targets)
     batch_size, length, _ = x.shape
     if length % chunks:
         raise ValueError(f"chunks: {chunks} does not divide the sequence length {length}")
@@ -43,9 +53,18 @@ def token_losses(
     def one(xs: tuple[Array, Array]) -> tuple[Array, Array]:
         return jax.checkpoint(head)(*xs)
 
-    nll, log_z = jax.lax.map(one, (split(x), split(batch["targets"])))
+    nll, log_z = jax.lax.map(one, (split(x), split(targets)))
     shape = (batch_size, length)
-    return nll.swapaxes(0, 1).reshape(shape), log_z.swapaxes(0, 1).reshape(shape), aux
+    return nll.swapaxes(0, 1).reshape(shape), log_z.swapaxes(0, 1).reshape(shape)
+
+
+def further_targets(batch: Batch) -> tuple[Array, Array]:
+    """The token after the next of every position, and its weight: 0 where any of the three stands
+    in another document or row."""
+    targets, weights = batch["targets"], batch["weights"]
+    following = jnp.roll(targets, -1, 1).at[:, -1].set(0)
+    joined = (weights[:, :-1] > 0) & (batch["segment_ids"][:, :-1] == batch["segment_ids"][:, 1:])
+    return following, jnp.pad(jnp.where(joined, weights[:, 1:], 0), ((0, 0), (0, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +73,16 @@ class NextToken:
 
     z_loss: float = 0.0
     """Coefficient of mean (log Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)."""
+    mtp: float = 0.1
+    """Weight of the loss of models that also predict the token after the next (Ling 2.0: 0.1)."""
     chunks: int = 1
     """Logits exist for 1/chunks of a row at a time: less memory for large vocabularies."""
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
             raise ValueError(f"objective.z_loss: {self.z_loss}; need 0 or more")
+        if self.mtp < 0:
+            raise ValueError(f"objective.mtp: {self.mtp}; need 0 or more")
         if self.chunks < 1:
             raise ValueError(f"objective.chunks: {self.chunks}; need at least 1")
 
@@ -71,13 +94,22 @@ class NextToken:
         Sums over parts of a batch add up to that of the whole, so that accumulated gradients are
         exact; the layers' losses, means themselves, count once per weighted target.
         """
-        nll, log_z, aux = token_losses(model, params, batch, key=key, chunks=self.chunks)
+        ctx = context(batch, key)
+        x, _, aux = model.hidden(params, batch["inputs"], ctx)
+        nll, log_z = head_losses(model, params, x, batch["targets"], self.chunks)
         weights = batch["weights"]
         count = weights.sum()
         loss = (weights * nll).sum()
         report = {"loss": loss, "tokens": count}
         if self.z_loss:
             loss += self.z_loss * (weights * jnp.square(log_z)).sum()
+        if model.mtp is not None and self.mtp:
+            x, further = model.further(params, x, batch["targets"], ctx)
+            targets, weights = further_targets(batch)
+            nll, _ = head_losses(model, params, x, targets, self.chunks)
+            report["mtp"] = (weights * nll).sum()
+            loss += self.mtp * report["mtp"]
+            aux |= further
         for name, value in aux.losses.items():
             loss += value * count
             report[name] = value * count

@@ -75,6 +75,39 @@ class Block(Layer):
 
 
 @layer
+class MTP(Layer):
+    """Predicts one token further (DeepSeek-V3 and Ling 2.0, multi-token prediction).
+
+    h'_t = block(W [norm_e(emb(token_t+1)); norm_h(h_t)]), then a norm of its own; the model's head
+    reads token t+2 from it.
+    """
+
+    block: Block
+    norm: Layer
+
+    @property
+    def dim(self) -> int:
+        return getattr(self.norm, "dim")  # noqa: B009
+
+    def spec(self) -> Tree:
+        norms = {f"{name}_norm": self.norm for name in ("embedding", "hidden", "final")}
+        project = Linear(inputs=2 * self.dim, outputs=self.dim, axes=(None, "embed"))
+        return norms | {"project": project, "block": self.block}
+
+    def apply(
+        self, params: Tree, hidden: Array, following: Array, ctx: Context = Context()
+    ) -> tuple[Array, Aux]:
+        """Hidden states and embeddings of the following tokens [batch, seq, dim] -> the hidden
+        states of one token further."""
+        following = self.norm.apply(params["embedding_norm"], following)
+        hidden = self.norm.apply(params["hidden_norm"], hidden)
+        project = self.spec()["project"]
+        x = project.apply(params["project"], jnp.concatenate((following, hidden), -1))
+        x, _, aux = self.block.apply(params["block"], shard(x, *STREAM), ctx)
+        return self.norm.apply(params["final_norm"], x), Aux.join(block=aux)
+
+
+@layer
 class Decoder(Layer):
     """Token ids [batch, seq] -> logits float32 [batch, seq, vocab_size].
 
@@ -89,6 +122,8 @@ class Decoder(Layer):
     shared: Layer | None = None
     """Parameters that all blocks use, such as one memory table; they find them in `ctx.shared`."""
     head: Linear | None = None
+    mtp: MTP | None = None
+    """A further block for training, which predicts the token after the next."""
     softcap: float | None = None
     """Bounds the logits to (-c, c) by c tanh(z / c) (Gemma-2)."""
     precision: Precision = Precision()
@@ -106,6 +141,8 @@ class Decoder(Layer):
         spec: Tree = {"embedding": self.embedding, "blocks": self.blocks, "norm": self.norm}
         if self.shared is not None:
             spec["shared"] = self.shared
+        if self.mtp is not None:
+            spec["mtp"] = self.mtp
         return spec if self.head is None else spec | {"head": self.head}
 
     @property
@@ -178,6 +215,17 @@ class Decoder(Layer):
             seen = jnp.maximum(cache["seen"], positions.max(1) + 1)
             cache = {"seen": seen, "blocks": blocks}
         return self.norm.apply(params["norm"], x), cache, Aux.join(blocks=aux)
+
+    def further(
+        self, params: Tree, x: Array, tokens: Array, ctx: Context = Context()
+    ) -> tuple[Array, Aux]:
+        """From what `hidden` returned and the next token of every position: the same for one token
+        further, by `mtp`."""
+        assert self.mtp is not None
+        following = self.embedding.apply(params["embedding"], tokens, self.precision.compute)
+        ctx = replace(ctx, shared=ctx.shared | params.get("shared", {}))
+        x, aux = self.mtp.apply(params["mtp"], x, following, ctx)
+        return x, Aux.join(mtp=aux)
 
     def logits(self, params: Tree, x: Array) -> Array:
         """Final hidden states [..., dim] -> float32 [..., vocab_size]."""

@@ -9,18 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from bestiary.layers import (
+    DEFAULT_RULES,
+    PEER,
+    PKM,
     Aux,
     Context,
     Gelu,
     GeluTanh,
     Layer,
+    MemoryPlus,
+    MemoryTable,
     Silu,
+    UltraMem,
+    UltraMemV2,
+    use_rules,
 )
-from bestiary.layers.base import flatten
-from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
-from bestiary.layers.ultramem import UltraMem, UltraMemV2
+from bestiary.layers.base import flatten, params_of
+from bestiary.layers.memory import product_keys
+from bestiary.layers.rows import dot_rows, sum_rows
+from bestiary.layers.ultramem import leading
+from bestiary.zoo import load_model
+from bestiary.zoo.decoder import Decoder
+from bestiary.zoo.llama import byte_llama, swiglu
+from bestiary.zoo.ultramem import memory, with_memory
 
 RTOL = 1e-5
 PLAIN = Context()
@@ -242,3 +256,289 @@ def test_ultramem_v2(golden: SimpleNamespace) -> None:
     aux = check_ultramem(layer, names, a, ctx, extra)
     if layer.balance:
         close(aux.losses["memory_balance"] / layer.balance, a["balance_loss"], "balance_loss")
+
+
+# --- look-ups by brute force ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, k", [(7, 1), (9, 4), (13, 6), (5, 5)])
+def test_product_keys_are_the_best_of_all_sums(n: int, k: int) -> None:
+    rng = np.random.default_rng(n)
+    rows, columns = rng.normal(size=(2, 3, 2, n)).astype(np.float32)
+    found = product_keys(jnp.asarray(rows), jnp.asarray(columns), k)
+    sums = (np.float64(rows)[..., :, None] + columns[..., None, :]).reshape(3, 2, n * n)
+    best = np.argsort(-sums)[..., :k]
+    np.testing.assert_array_equal(found.ids, best)
+    close(found.scores, np.take_along_axis(sums, best, -1), rtol=1e-6)
+
+
+def test_tdqkr_of_rank_one_finds_the_best_of_all_products() -> None:
+    """With positive scores: the best product then is of the best row and column keys."""
+    table = MemoryTable(rows=121, dim=6, slices=2, reads=10)
+    layer = UltraMem(dim=7, key_dim=4, top_k=5, num_heads=2, rank=1, table=table)
+    rng = np.random.default_rng(0)
+    params = layer.init(jax.random.key(0))
+    params |= {
+        name: jnp.asarray(rng.uniform(0.1, 1, params[name].shape), jnp.float32)
+        for name in ("query", "keys", "core")
+    }
+    x = rng.uniform(0.1, 1, (2, 3, 7)).astype(np.float32)
+    u, v = leading(params["core"], params["u"], params["v"])
+    chosen = jax.jit(layer.choose)(params, jnp.asarray(x), u, v)
+
+    def normed(a: np.ndarray, gain: np.ndarray, axis: int) -> np.ndarray:
+        a = a / np.sqrt(np.square(a).mean(axis, keepdims=True) + layer.eps)
+        return a * np.expand_dims(gain, [i for i in range(a.ndim) if i != axis % a.ndim])
+
+    p = {name: np.asarray(value, np.float64) for name, value in params.items() if name != "table"}
+    q = normed(np.einsum("bsd,dpk->bspk", x, p["query"]), p["query_norm"], -1)
+    keys = normed(p["keys"], p["key_norm"], 1)
+    s = np.einsum("bspk,pkhrn->pbshrn", q, keys)[..., 0, :]
+    scores = np.einsum("bshi,bshj,ph->bshijp", s[0], s[1], p["core"][..., 0, 0])
+    scores = scores.reshape(*scores.shape[:3], -1, 2)
+    best = np.argsort(-scores.sum(-1))[..., :5]
+    np.testing.assert_array_equal(chosen.ids, best)
+    close(chosen.scores, np.take_along_axis(scores, best[..., None], -2))
+
+
+def test_more_positions_than_are_searched_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, params, x, _ = ring(shared=False)
+    whole = jax.jit(layer.choose)(params, x, params["u"], params["v"])
+    monkeypatch.setattr("bestiary.layers.ultramem.POSITIONS", 2)
+    parts = jax.jit(lambda *args: layer.choose(*args))(params, x, params["u"], params["v"])
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+def test_rows_are_read_and_written_as_by_dense_products() -> None:
+    n, b, s, k, g, p, c = 6, 2, 3, 5, 4, 2, 7
+    rng = np.random.default_rng(1)
+    table, weights, x = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((n, p, c), (b, s, k, g, p), (b, s, g, p, c))
+    )
+    rows = jnp.asarray(rng.integers(n, size=(b, s, k)))  # some of them more than once
+
+    def dense_sum(table: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.einsum("bskgp,bskpc->bsgpc", weights, table[rows])
+
+    def dense_dot(table: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.einsum("bsgpc,bskpc->bskgp", x, table[rows])
+
+    for ours, dense, other in ((sum_rows, dense_sum, weights), (dot_rows, dense_dot, x)):
+        y, pull = jax.vjp(lambda t, o, f=ours: f(t, rows, o), table, other)
+        expected, dense_pull = jax.vjp(dense, table, other)
+        close(y, expected)
+        ct = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+        for a, b_ in zip(pull(ct), dense_pull(ct), strict=True):
+            close(a, b_)
+
+
+def test_reading_makes_no_array_of_all_entries() -> None:
+    """Tokens times entries times width would be 32 times the output."""
+    k, width = 32, 64
+    args = [((1000, 1, width), jnp.float32), ((4, 128, k), jnp.int32)]
+    args += [((4, 128, k, 1, 1), jnp.float32)]
+    shapes = [jax.ShapeDtypeStruct(*a) for a in args]
+
+    def loss(table: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.square(sum_rows(table, rows, weights)).sum()
+
+    memory = jax.jit(jax.grad(loss, (0, 2))).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 128 * width * 4 * 8 + 2 * 1000 * width * 4
+
+
+# --- UltraMem's state and ring --------------------------------------------------------------------
+
+
+def ring(*, shared: bool) -> tuple[UltraMemV2, Any, jax.Array, MemoryTable]:
+    """One layer of three that share 75 rows, each seeing 36 of them from 25 l on."""
+    table = MemoryTable(rows=75, dim=8, pre_dim=6, slices=2, reads=9)
+    layer = UltraMemV2(
+        dim=10,
+        key_dim=4,
+        top_k=3,
+        num_layers=3,
+        share_ratio=0.5,
+        balance=0.01,
+        shared=shared,
+        table=table,
+    )
+    x = jax.random.normal(jax.random.key(1), (4, 7, 10))
+    return layer, layer.init(jax.random.key(0)), x, table
+
+
+def test_the_singular_vectors_keep_their_signs() -> None:
+    rng = np.random.default_rng(0)
+    core = rng.normal(size=(2, 3, 4, 4)).astype(np.float32)
+    left, _, right = np.linalg.svd(core.sum(0))
+    for sign in (-1, 1):
+        noise = rng.normal(scale=0.05, size=(2, 3, 4))
+        u, v = leading(
+            jnp.asarray(core), sign * left[..., 0] + noise[0], sign * right[:, 0] + noise[1]
+        )
+        close(u, sign * left[..., 0])
+        close(v, sign * right[:, 0])
+    positive = leading(jnp.asarray(np.abs(core)), jnp.ones((3, 4)), jnp.ones((3, 4)))
+    assert (np.stack(positive) > 0).all(), "the first vectors of a positive core"
+
+
+def test_each_layer_writes_to_its_window_of_the_ring() -> None:
+    layer, params, x, table = ring(shared=True)
+    rows = nested(
+        {name: p.init(jax.random.key(2), p.shape, p.dtype) for name, p in table.spec().items()}
+    )
+    assert layer.window == 36
+
+    @jax.jit
+    def gradient(rows: Any, index: jax.Array) -> Any:
+        ctx = Context(layer={"memory_layer": index})
+        return jax.grad(
+            lambda rows: layer.apply(params, x, dataclasses.replace(ctx, shared=rows))[0].sum()
+        )(rows)
+
+    for index, seen in enumerate([range(36), range(25, 61), [*range(50, 75), *range(11)]]):
+        grads = gradient(rows, jnp.float32(index))
+        for name in ("values", "pre"):
+            touched = np.flatnonzero(np.any(grads[name], (1, 2)))
+            assert set(touched) <= set(seen) and len(touched) > 5
+
+
+def test_padding_is_left_out_of_the_balance() -> None:
+    layer, params, x, _ = ring(shared=False)
+    segments = jnp.ones(x.shape[:2], jnp.int32).at[:, 5:].set(0)
+    apply = jax.jit(layer.apply)
+    _, padded = apply(params, x, Context(segment_ids=segments))
+    _, short = apply(params, x[:, :5], PLAIN)
+    close(padded.losses["memory_balance"], short.losses["memory_balance"])
+    close(padded.metrics["score"], short.metrics["score"])
+
+
+# --- in models ------------------------------------------------------------------------------------
+
+
+def small() -> Decoder:
+    """Three blocks that share a ring table."""
+    dense = byte_llama(3, 64, swiglu(64, 24))
+    layer = memory(num_layers=3, dim=64, knum=5, key_dim=8, top_k=4, value_dim=8, pre_dim=12)
+    return with_memory(dense, dataclasses.replace(layer, balance=0.1))
+
+
+def test_every_parameter_learns_through_scan_and_remat() -> None:
+    model = small().map_stacks(lambda stack: dataclasses.replace(stack, remat="full"))
+    ids = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
+
+    @jax.jit
+    def gradient(params: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            logits, _, aux = model.apply(params, ids)
+            return jax.nn.log_softmax(logits)[..., 7].sum() + aux.losses["memory_balance"]
+
+        return jax.grad(loss, allow_int=True)(params)
+
+    grads, declared = gradient(model.init(jax.random.key(0))), dict(flatten(model.declare()))
+    for path, g in flatten(grads):
+        if declared[path].trainable:
+            layers = g if path.startswith("blocks") else g[None]
+            assert all(np.any(part) for part in layers), f"{path} gets no gradient"
+
+
+def test_prefill_and_decode_equal_the_full_forward() -> None:
+    model = small()
+    params = model.init(jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (2, 9), 0, 256)
+    full, _, _ = jax.jit(model.apply)(params, ids)
+    cache = model.init_cache(2, 9)
+    step = jax.jit(model.apply)
+    first, cache, _ = step(params, ids[:, :7], PLAIN, cache)
+    parts = [first]
+    for t in (7, 8):
+        logits, cache, _ = step(params, ids[:, t : t + 1], PLAIN, cache)
+        parts.append(logits)
+    close(jnp.concatenate(parts, 1), full)
+
+
+def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
+    """Tables by columns over the axis that also shards the batch."""
+    layer, params, x, _ = ring(shared=False)
+
+    @jax.jit
+    def gradient(params: Any, x: jax.Array) -> Any:
+        def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+            y, aux = layer.apply(params, x)
+            return jnp.square(y).sum() + aux.losses["memory_balance"], (y, aux)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True, allow_int=True)(params, x)
+
+    expected = gradient(params, x)
+    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
+        shardings = jax.tree.map(lambda s: s.sharding, layer.abstract(mesh))
+        assert shardings["table"]["values"].spec == P(None, None, "fsdp")
+        args = jax.device_put(params, shardings), jax.device_put(x, P(("data", "fsdp")))
+        program = gradient.lower(*args).compile()
+        ours = program(*args)
+    for name in ("values", "pre"):
+        assert ours[1][0]["table"][name].sharding.spec == P(None, None, "fsdp")
+        rows, slices, width = params["table"][name].shape
+        assert f"f32[{rows},{slices},{width}]" not in program.as_text(), "a table is never whole"
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(b.dtype, jnp.floating):
+            close(a, b, rtol=1e-4)
+
+
+PUBLISHED = {  # millions active and in all; what the embedding adds to the former; tolerances
+    "memoryplus_227m": (228, 1190, True, 0.06, 0.02),
+    "ultramem_227m": (225, 1180, True, 0.02, 0.02),
+    "ultramemv2_227m": (225, 1180, True, 0.03, 0.01),
+    "ultramemv2_1b7b": (1079, 6700, False, 0.01, 0.08),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    """The published totals leave embeddings out, and so do the active parameters where input and
+    output have an embedding each; the rest of the difference is the papers' own: the 6.70B need
+    tables of 16 x 552^2 rows, not the published 528^2."""
+    active, total, tied, active_tolerance, total_tolerance = PUBLISHED[name]
+    model = load_model(name)
+    trained = [p for p in params_of(model.declare()) if p.trainable]
+    embeddings = model.embedding.count().total * (1 if tied else 2)
+    assert tied == (model.head is None)
+    counted = sum(p.size for p in trained) - embeddings
+    assert counted == pytest.approx(1e6 * total, rel=total_tolerance)
+    used = sum(p.size * p.active for p in trained) - (0 if tied else embeddings)
+    assert used == pytest.approx(1e6 * active, rel=active_tolerance)
+
+
+def test_the_tiny_model_costs_what_the_dense_one_does() -> None:
+    dense, tiny = load_model("llama_tiny").cost(128), load_model("ultramemv2_tiny").cost(128)
+    assert tiny.active_flops == pytest.approx(dense.active_flops, rel=0.01)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+KEYS: dict[str, Any] = {"dim": 12, "num_heads": 2, "num_keys": 6, "key_dim": 8, "top_k": 3}
+TABLE = MemoryTable(rows=75, dim=8, pre_dim=6, slices=2, reads=9)
+V1: dict[str, Any] = {"dim": 10, "key_dim": 4, "top_k": 3}
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: PKM(**KEYS | {"top_k": 7}), "top_k: 7; need at most num_keys 6"),
+        (lambda: PEER(**KEYS | {"key_dim": 5}), "key_dim: 5; need an even number"),
+        (lambda: MemoryPlus(**KEYS | {"num_heads": 0}), "num_heads: 0; need at least 1"),
+        (lambda: dataclasses.replace(TABLE, dim=7), "dim: 7; need a multiple of slices 2"),
+        (lambda: UltraMem(**V1, table=TABLE), "table.rows: 75; need a square"),
+        (lambda: UltraMem(**V1, table=TABLE, expand=3), "expand: 3; need a square"),
+        (lambda: UltraMemV2(**V1, table=TABLE, share_ratio=0), "share_ratio: 0; need 0 < "),
+        (lambda: UltraMemV2(**V1, table=TABLE, num_layers=4), "table.rows: 75; need a multiple"),
+        (lambda: UltraMemV2(**V1 | {"top_k": 9}, table=TABLE), "top_k: 9; need at most 8"),
+        (
+            lambda: UltraMemV2(**V1, table=dataclasses.replace(TABLE, pre_dim=0)),
+            "pre_dim: 0; need at least 1",
+        ),
+    ],
+)
+def test_impossible_sizes_are_refused(build: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,130 @@
+"""UltraMemV2 (Huang et al. 2025, arXiv 2508.18756) and the memory models it is compared with:
+decoders some of whose blocks have a memory beside the feed-forward, on the same normed input.
+
+Widths are those of the released scripts. Their norms of whole queries and keys are left out.
+"""
+
+from dataclasses import replace
+
+from bestiary.layers.base import Layer
+from bestiary.layers.feedforward import Parallel
+from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.memory import MemoryPlus, MemoryTable
+from bestiary.layers.norms import RMSNorm
+from bestiary.layers.repeat import Chain, Repeat
+from bestiary.layers.ultramem import UltraMem, UltraMemV2
+from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.llama import byte_llama, multi_head, swiglu
+
+
+def with_memory(model: Decoder, memory: UltraMemV2) -> Decoder:
+    """`model` with `memory` beside the feed-forward of every block, and its table shared by all."""
+    (stack,) = model.stacks
+    block = stack.block
+    assert isinstance(block, Block)
+    ffn = Parallel(layers=(block.ffn, memory))
+    place = ("memory_layer", tuple(map(float, range(stack.n))))
+    blocks = replace(stack, block=replace(block, ffn=ffn), constants=(*stack.constants, place))
+    return replace(model, blocks=blocks, shared=memory.table)
+
+
+def with_four_memories(model: Decoder, memory: Layer, first: int) -> Decoder:
+    """`model` with `memory` beside the feed-forward of every fourth block from `first` on, four in
+    all."""
+    (stack,) = model.stacks
+    block = stack.block
+    assert isinstance(block, Block)
+    beside = replace(block, ffn=Parallel(layers=(block.ffn, memory)))
+    groups = Repeat(block=Chain(layers=(beside, block, block, block)), n=4)
+    ends = Repeat(block=block, n=first), groups, Repeat(block=block, n=max(stack.n - 16 - first, 1))
+    blocks = ends if first + 16 < stack.n else ends[:2]
+    return replace(model, blocks=Chain(layers=blocks))
+
+
+def olmo(*, num_layers: int, dim: int, num_heads: int, hidden: int, tied: bool) -> Decoder:
+    """The dense decoder that the memories are added to."""
+    norm = RMSNorm(dim=dim, eps=1e-5)
+    block = Block(mixer=multi_head(dim, num_heads), ffn=swiglu(dim, hidden), norm=norm)
+    return Decoder(
+        embedding=Embedding(vocab_size=50304, dim=dim),
+        blocks=Repeat(block=block, n=num_layers),
+        norm=norm,
+        head=None if tied else Linear(inputs=dim, outputs=50304, axes=("embed", "vocab")),
+    )
+
+
+def memoryplus_227m() -> Decoder:
+    """Memory+ with one table for its four memories, in blocks 4, 8, 12, 16 of 20 (as released)."""
+    memory = MemoryPlus(dim=768, num_heads=2, num_keys=1138, key_dim=768, top_k=80, shared=True)
+    model = olmo(num_layers=20, dim=768, num_heads=12, hidden=3008, tied=True)
+    table = replace(memory.table, reads=4 * memory.table.reads)
+    return replace(with_four_memories(model, memory, 4), shared=table)
+
+
+def ultramem_227m() -> Decoder:
+    """UltraMem with four memories, which read in blocks 2, 6, 10, 14 of 20 and answer there (in the
+    released script, three blocks later)."""
+    table = MemoryTable(rows=808**2, dim=384, slices=2, reads=2 * 80)
+    memory = UltraMem(dim=768, key_dim=192, top_k=80, num_heads=2, expand=4, table=table)
+    model = olmo(num_layers=20, dim=768, num_heads=12, hidden=2752, tied=True)
+    return with_four_memories(model, memory, 2)
+
+
+def ultramemv2_227m() -> Decoder:
+    """UltraMemV2 with a memory in every of 20 blocks.
+
+    Trained on 500B tokens in batches of 768 x 4096, the first 10B of warm-up.
+    """
+    return with_memory(
+        olmo(num_layers=20, dim=768, num_heads=12, hidden=2496, tied=True),
+        memory(num_layers=20, dim=768, knum=360, key_dim=192, top_k=32, value_dim=192, pre_dim=192),
+    )
+
+
+def ultramemv2_1b7b() -> Decoder:
+    """UltraMemV2 beside OLMoE-1B-7B. The width of the feed-forward is not published: this one gives
+    the published active parameters."""
+    return with_memory(
+        olmo(num_layers=16, dim=2048, num_heads=16, hidden=7040, tied=False),
+        memory(
+            num_layers=16, dim=2048, knum=528, key_dim=512, top_k=128, value_dim=768, pre_dim=384
+        ),
+    )
+
+
+def ultramemv2_tiny() -> Decoder:
+    """`llama_tiny` with half of its feed-forward's FLOPs spent on memories, for experiments."""
+    return with_memory(
+        byte_llama(4, 128, swiglu(128, 176)),
+        memory(num_layers=4, dim=128, knum=64, key_dim=64, top_k=8, value_dim=96, pre_dim=32),
+    )
+
+
+def memory(
+    *,
+    num_layers: int,
+    dim: int,
+    knum: int,
+    key_dim: int,
+    top_k: int,
+    value_dim: int,
+    pre_dim: int,
+) -> UltraMemV2:
+    """A memory whose table has knum^2 rows for each of `num_layers` layers, half of all in sight of
+    one."""
+    table = MemoryTable(
+        rows=num_layers * knum**2,
+        dim=value_dim,
+        pre_dim=pre_dim,
+        slices=2,
+        reads=num_layers * top_k,
+    )
+    return UltraMemV2(
+        dim=dim,
+        key_dim=key_dim,
+        top_k=top_k,
+        num_layers=num_layers,
+        share_ratio=0.5,
+        shared=True,
+        table=table,
+    )

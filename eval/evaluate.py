@@ -20,6 +20,8 @@ from bestiary.train.objective import Batch, token_losses
 from bestiary.train.tokenizer import Tokenizer
 from bestiary.zoo.decoder import Decoder
 
+SPARSITY_BATCHES = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -113,18 +115,25 @@ class Evaluate:
     """Other text, all of it, in any form that training takes; the run's validation split when
     absent."""
     steps: int | None = None
-    """How many batches, from the start; all when absent."""
+    """How many batches, from the start; when absent all, and 16 of them for --sparsity."""
+    sparsity: bool = False
+    """Also measure how many activations the model needs (Sparsing Law), beside FAT and top-k."""
+    ppl_increase: float = 0.01
+    """What leaving out activations may add to the perplexity, as a share of it."""
     json: bool = False
     """Print one JSON object."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: {self.steps}; need at least 1")
+        if not self.ppl_increase > 0:
+            raise ValueError(f"ppl_increase: {self.ppl_increase}; need more than 0")
 
 
 def run(command: Evaluate) -> None:
     """`bestiary eval`. Raises ValueError for a directory that holds no readable run, or text that
     cannot be read."""
+    from bestiary.eval.sparsity import show_sparsity, sparsity
     from bestiary.train.checkpoint import load_run
 
     experiment, params = load_run(command.run_dir)
@@ -132,16 +141,22 @@ def run(command: Evaluate) -> None:
     if command.data_path is not None:
         data = dataclasses.replace(data, path=command.data_path, validation_fraction=1.0)
     tokenizer, _, validation = load(data)
-    result = evaluate(
-        experiment.model,
-        params,
-        islice(validation_batches(validation, data), command.steps),
-        count_bytes(tokenizer, experiment.model.vocab_size),
-    )
+    model, token_bytes = experiment.model, count_bytes(tokenizer, experiment.model.vocab_size)
+    batches = validation_batches(validation, data)
+    result = evaluate(model, params, islice(batches, command.steps), token_bytes)
+    thinned = None
+    if command.sparsity:
+        some = list(islice(batches, command.steps or SPARSITY_BATCHES))
+        thinned = sparsity(model, params, some, token_bytes, command.ppl_increase)
     if command.json:
-        print(json.dumps(dataclasses.asdict(result)))
-    else:
-        show(result)
+        found = dataclasses.asdict(result)
+        if thinned is not None:
+            found["sparsity"] = dataclasses.asdict(thinned)
+        print(json.dumps(found))
+        return
+    show(result)
+    if thinned is not None:
+        show_sparsity(thinned)
 
 
 def show(result: Evaluation) -> None:

@@ -32,6 +32,7 @@ from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
 from bestiary.layers.mla import MLA
 from bestiary.layers.moe import MoE
 from bestiary.layers.mohd import Fusion, MoHDFFN, MoHDResidual, SubDimensions
+from bestiary.layers.mole import LatentExperts, LatentGLU
 from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
@@ -61,6 +62,8 @@ __all__ = [
     "GaussianGLU",
     "Gelu",
     "GeluTanh",
+    "LatentExperts",
+    "LatentGLU",
     "Layer",
     "LayerNorm",
     "Linear",

@@ -37,6 +37,8 @@ from bestiary.layers import (
     GaussianGLU,
     Gelu,
     GeluTanh,
+    LatentExperts,
+    LatentGLU,
     Layer,
     LayerNorm,
     Linear,
@@ -156,6 +158,10 @@ LAYERS: dict[str, Layer] = {
     "fusion": Fusion(width=DIM, kind="monarch"),
     "mohd_ffn": MoHDFFN(gate=GATE, hidden=HIDDEN),
     "mohd_residual": MoHDResidual(gate=GATE, inner=Attention(**HEADS)),
+    "latent_glu": LatentGLU(dim=DIM, latent=DIM // 2, hidden=HIDDEN),
+    "latent_experts": LatentExperts(
+        router=Router(dim=DIM, num_experts=6, top_k=2), group_size=3, latent=4, hidden=HIDDEN
+    ),
     "attention": ATTENTION,
     "attention_with_biases": Attention(**HEADS, bias=True, out_bias=True),
     "spark_attention": SPARK_ATTENTION,

@@ -4,7 +4,7 @@ Any number of experts may be on, and the router is differentiable everywhere. Tw
 neighbouring tokens use the same experts, so that a chunk of tokens reads few weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -24,7 +24,7 @@ from bestiary.layers.base import (
     positive,
     weight,
 )
-from bestiary.layers.feedforward import HIDDEN
+from bestiary.layers.feedforward import HIDDEN, down
 from bestiary.layers.sharding import dot
 
 
@@ -157,7 +157,9 @@ class BlockFFN(Layer):
         h = self.activation.apply(params["activation"], h)
         scale = (pattern * params["gain"]).astype(x.dtype)
         h = (h.reshape(*scale.shape, self.expert_dim) * scale[..., None]).reshape(h.shape)
-        return dot("bsf,fd->bsd", h, params["down"]), self.report(params, scores, pattern, ctx)
+        y, aux = down(h, params, "down", ctx)
+        own = self.report(params, scores, pattern, ctx)
+        return y, replace(own, metrics=aux.metrics | own.metrics)
 
     def scores(self, params: Tree, x: Array) -> Array:
         """A0: float32 [batch, seq, num_experts]."""
@@ -171,9 +173,11 @@ class BlockFFN(Layer):
 
     def report(self, params: Tree, scores: Array, pattern: Array, ctx: Context) -> Aux:
         active = scores > 0
-        tls = token_sparsity(active, ctx)
-        metrics = {"nonzero": 1 - tls, "tls": tls}
-        metrics |= {"cls": chunk_sparsity(active, ctx, self.window), "reuse": reuse(active, ctx)}
+        metrics = {
+            "tls": token_sparsity(active, ctx),
+            "cls": chunk_sparsity(active, ctx, self.window),
+            "reuse": reuse(active, ctx),
+        }
         losses, state = {}, {}
         if self.locality:
             loss = locality_loss(scores, ctx, self.sharpness, self.detach_target)

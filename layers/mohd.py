@@ -29,7 +29,7 @@ from bestiary.layers.base import (
     sum_costs,
     weight,
 )
-from bestiary.layers.feedforward import HIDDEN, nonzero
+from bestiary.layers.feedforward import HIDDEN, down
 from bestiary.layers.sharding import dot
 
 FusionKind = Literal["none", "block", "monarch"]
@@ -181,13 +181,13 @@ class MoHDFFN(Layer):
         # parts that are off stay 0, unless Monarch's permutation spreads the others over them
         active = self.gate.share
         spread = 1.0 if self.fusion == "monarch" else active
-        down = (self.hidden, self.dim)
+        hidden, dim = self.hidden, self.dim
         return {
             "gate": self.gate,
-            "up": weight(down[::-1], ("embed", "mlp"), active=active),
-            "fusion": Fusion(width=self.hidden, kind=self.fusion, num=self.gate.num),
+            "up": weight((dim, hidden), ("embed", "mlp"), active=active),
+            "fusion": Fusion(width=hidden, kind=self.fusion, num=self.gate.num),
             "activation": self.activation,
-            "down": weight(down, ("mlp", "embed"), gain=self.out_gain, active=spread),
+            "down": weight((hidden, dim), ("mlp", "embed"), gain=self.out_gain, active=spread),
         }
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
@@ -196,9 +196,9 @@ class MoHDFFN(Layer):
         fusion = Fusion(width=self.hidden, kind=self.fusion, num=self.gate.num)
         h = fusion.apply(params["fusion"], u)
         h = self.activation.apply(params["activation"], h)
+        y, own = down(h, params, "down", ctx)
         aux = Aux.join(gate=aux)
-        metrics = aux.metrics | {"nonzero": nonzero(h, ctx)}
-        return dot("bsf,fd->bsd", h, params["down"]), replace(aux, metrics=metrics)
+        return y, replace(aux, metrics=aux.metrics | own.metrics)
 
 
 @layer

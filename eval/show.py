@@ -140,7 +140,7 @@ def placements(experiment: Experiment) -> dict[str, dict[str, Any]]:
 def short(n: float, unit: str = "") -> str:
     """A number with three digits: 8.03 B parameters or FLOPs, or 8.03 GB with unit "B"."""
     for size, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
+        if abs(n) >= 0.9995 * size:  # what rounds to it
             return f"{n / size:.3g} {letter}{unit}"
     return f"{n:.3g} {unit}".strip()
 

@@ -161,6 +161,14 @@ class Decoder(Layer):
         """The same model without loops over its layers: faster on CPUs, longer to compile."""
         return self.map_stacks(lambda stack: replace(stack, unroll=stack.n))
 
+    def with_mtp(self) -> "Decoder":
+        """The same model with an `MTP` of its last block and norm."""
+        block = self.stacks[-1].block
+        block = block.layers[-1] if isinstance(block, Chain) else block
+        if not isinstance(block, Block):
+            raise ValueError(f"blocks: end in {type(block).__name__}; need a Block to predict by")
+        return replace(self, mtp=MTP(block=block, norm=self.norm))
+
     def declare(self) -> Tree:
         """As declared by the parts, stored in `precision.params`; non-trained state stays as it
         is."""

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Layer, Param, Tree, layer, ones, positive, zeros
+from bestiary.layers.base import Array, Layer, Param, Tree, constant, layer, ones, positive, zeros
 
 
 @layer
@@ -19,13 +19,15 @@ class RMSNorm(Layer):
     dim: int
     eps: float = 1e-6
     gain: Literal["scale", "offset"] = "scale"
+    start: float = 1.0
+    """The initial factor of the normalised x (depth-scaled norms start below 1)."""
 
     def __post_init__(self) -> None:
         positive(dim=self.dim)
 
     def spec(self) -> Tree:
-        init = ones if self.gain == "scale" else zeros
-        return {"weight": Param((self.dim,), (None,), init)}
+        start = self.start - (self.gain == "offset")
+        return {"weight": Param((self.dim,), (None,), constant(start))}
 
     def apply(self, params: Tree, x: Array) -> Array:
         x32 = x.astype(jnp.float32)

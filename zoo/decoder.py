@@ -17,9 +17,11 @@ from bestiary.layers.base import (
     Tree,
     layer,
     map_params,
+    normal,
     sum_costs,
 )
 from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.sharding import shard
 
@@ -37,13 +39,18 @@ class Block(Layer):
     ffn: Layer
     norm: Layer
     placement: Literal["pre", "post", "sandwich"] = "pre"
+    post_starts: tuple[float, float] = (1.0, 1.0)
+    """Initial gains of the norms behind mixer and feed-forward (Pangu Ultra: below 1, by depth)."""
 
     def spec(self) -> Tree:
         spec: Tree = {"mixer": self.mixer, "ffn": self.ffn}
         if self.placement != "post":
             spec |= {"mixer_norm": self.norm, "ffn_norm": self.norm}
         if self.placement != "pre":
-            spec |= {"mixer_post_norm": self.norm, "ffn_post_norm": self.norm}
+            names = ("mixer_post_norm", "ffn_post_norm")
+            for name, start in zip(names, self.post_starts, strict=True):
+                norm = self.norm
+                spec[name] = replace(norm, start=start) if isinstance(norm, RMSNorm) else norm
         return spec
 
     def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
@@ -126,6 +133,8 @@ class Decoder(Layer):
     """A further block for training, which predicts the token after the next."""
     softcap: float | None = None
     """Bounds the logits to (-c, c) by c tanh(z / c) (Gemma-2)."""
+    std: float | None = None
+    """Of every matrix at the start; None: as the layers say, mostly 1 / sqrt(inputs)."""
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
@@ -174,7 +183,11 @@ class Decoder(Layer):
         is."""
 
         def stored(p: Param) -> Param:
-            return replace(p, dtype=jnp.dtype(self.precision.params)) if p.trainable else p
+            if not p.trainable:
+                return p
+            if self.std is not None and p.inputs is not None:
+                p = replace(p, init=normal(self.std))
+            return replace(p, dtype=jnp.dtype(self.precision.params))
 
         return map_params(stored, super().declare())
 

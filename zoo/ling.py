@@ -52,6 +52,7 @@ def ling(
     rope: Rope = Rope(fraction=0.5),
     eps: float = 1e-6,
     tied: bool = False,
+    std: float | None = 0.006,
 ) -> Decoder:
     """`num_dense` blocks with a dense feed-forward, then blocks with `ffn`; queries and keys are
     normed head by head and half of their channels rotated."""
@@ -75,6 +76,7 @@ def ling(
         else mixtures,
         norm=norm,
         head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        std=std,
     )
 
 
@@ -91,6 +93,7 @@ def ling_tiny() -> Decoder:
         dense_hidden=320,
         ffn=ling_ffn(128, 80, num_experts=16, top_k=3, num_groups=1, top_groups=1),
         tied=True,
+        std=None,
     )
 
 

@@ -1,5 +1,7 @@
 """Decoders whose feed-forwards are mixtures of gated experts: OLMoE, Mixtral, Switch and GLaM."""
 
+from dataclasses import replace
+
 from bestiary.layers.activations import GeluTanh, Relu
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Layer
@@ -35,12 +37,22 @@ def olmoe(
         query_norm=RMSNorm(dim=dim, eps=1e-5),
         key_norm=RMSNorm(dim=dim, eps=1e-5),
     )
-    return llama(vocab_size=vocab_size, num_layers=num_layers, attention=attention, ffn=ffn)
+    model = llama(vocab_size=vocab_size, num_layers=num_layers, attention=attention, ffn=ffn)
+    return replace(model, std=0.02)
 
 
 def olmoe_1b7b() -> Decoder:
     """OLMoE-1B-7B (Muennighoff et al. 2024): 64 experts of width 1024, 8 per token."""
     return olmoe(16, 2048, 16, olmoe_ffn(2048, 64, 8, swiglu(2048, 1024)))
+
+
+def olmoe_227m() -> Decoder:
+    """The mixture that UltraMemV2 (arXiv 2508.18756) is measured against: 1.18B, 227M active.
+
+    64 experts of width 384, 8 per token, are ours: what comes nearest to the published sizes.
+    """
+    model = olmoe(20, 768, 12, olmoe_ffn(768, 64, 8, swiglu(768, 384)))
+    return replace(model, head=None)
 
 
 def olmoe_tiny() -> Decoder:

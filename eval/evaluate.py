@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from bestiary.layers.base import Array, Tree, flatten
 from bestiary.train.data import load, validation_batches
-from bestiary.train.objective import Batch, token_losses
+from bestiary.train.objective import Batch, context, head_losses
 from bestiary.train.tokenizer import Tokenizer
 from bestiary.zoo.decoder import Decoder
 
@@ -31,6 +31,8 @@ class Evaluation:
     bits_per_byte: float
     """Comparable between tokenisers; nan when the targets stand for no bytes."""
     perplexity: float
+    accuracy: float
+    """Share of the targets that are the likeliest token."""
     tokens: int
     bytes: int
     nonzero: dict[str, list[float]]
@@ -54,14 +56,14 @@ def evaluate(
       ValueError: when no target counts.
     """
     token_bytes = jnp.asarray(token_bytes, jnp.int32)
-    nats = weight = num_bytes = 0.0
+    nats = weight = num_bytes = hits = 0.0
     shares: dict[str, np.ndarray] = {}
 
     def add(sums: Tree) -> None:
-        nonlocal nats, weight, num_bytes
+        nonlocal nats, weight, num_bytes, hits
         sums = jax.device_get(sums)
         nats, weight = nats + float(sums["nats"]), weight + float(sums["weight"])
-        num_bytes += float(sums["bytes"])
+        num_bytes, hits = num_bytes + float(sums["bytes"]), hits + float(sums["hits"])
         for path, share in sums["nonzero"].items():
             shares[path] = shares.get(path, 0.0) + np.float64(sums["weight"]) * share
 
@@ -80,6 +82,7 @@ def evaluate(
         nats_per_token=loss,
         bits_per_byte=nats / math.log(2) / (num_bytes or math.nan),
         perplexity=float(np.exp(loss)),
+        accuracy=hits / weight,
         tokens=round(weight),
         bytes=round(num_bytes),
         nonzero={path: np.ravel(share / weight).tolist() for path, share in shares.items()},
@@ -88,13 +91,16 @@ def evaluate(
 
 @jax.jit
 def batch_sums(model: Decoder, params: Tree, batch: Batch, token_bytes: Array) -> Tree:
-    """Weighted sums over a batch: "nats", "weight", "bytes", and its "nonzero" shares by path."""
-    nll, _, aux = token_losses(model, params, batch)
-    weights = batch["weights"]
+    """Weighted sums over a batch: "nats", "hits", "weight", "bytes", and its "nonzero" shares by
+    path."""
+    x, _, aux = model.hidden(params, batch["inputs"], context(batch))
+    targets, weights = batch["targets"], batch["weights"]
+    nll, _ = head_losses(model, params, x, targets, 1)
     return {
         "nats": (weights * nll).sum(),
+        "hits": (weights * (model.logits(params, x).argmax(-1) == targets)).sum(),
         "weight": weights.sum(),
-        "bytes": (weights * token_bytes[batch["targets"]]).sum(),
+        "bytes": (weights * token_bytes[targets]).sum(),
         "nonzero": {p: v for p, v in flatten(aux.metrics) if p.endswith("nonzero")},
     }
 

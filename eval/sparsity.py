@@ -6,6 +6,8 @@ Every layer leaves out what the largest t with CETT(t) <= target allows; PPL-p% 
 ratio at the target that costs p % of perplexity.
 """
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +108,8 @@ def sparsity(
     """
     tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in batches)
     layers = feedforwards(model.declare())
-    strides = {path: max(1, tokens * w.shape[-2] // CANDIDATES) for path, w in layers.items()}
-    survey = _reports(model, params, batches, {p: Survey(n) for p, n in strides.items()})
+    surveys = {path: Survey(_stride(tokens, w.shape[-2])) for path, w in layers.items()}
+    survey = _reports(model, params, batches, surveys)
     layers = {path: w for path, w in layers.items() if path in survey}
     if not layers:
         raise ValueError("run: its model has no feed-forward that reports its hidden activations")
@@ -149,6 +151,12 @@ def sparsity(
         topk=thinned(share, dict.fromkeys(layers, TopK(share))),
         thresholds={path: np.ravel(t).tolist() for path, t in thresholds(lower).items()},
     )
+
+
+def _stride(tokens: int, hidden: int) -> int:
+    """Leaves about as many samples as there are candidates; of every neuron, so no divisor."""
+    least = max(1, tokens * hidden // CANDIDATES)
+    return next(n for n in itertools.count(least) if math.gcd(n, hidden) == 1)
 
 
 def show_sparsity(result: Sparsity) -> None:

@@ -35,7 +35,7 @@ def load_balance(
         counted += before
     share = counted / jnp.maximum(counted.sum(-1, keepdims=True), 1)
     tokens = jnp.maximum(real.sum(1), 1)
-    mean = jnp.einsum("gne,gn->ge", _grouped(p, groups), real) / tokens[:, None]
+    mean = _grouped(_real(p, ctx), groups).sum(1) / tokens[:, None]
     return num_experts * (mean * jax.lax.stop_gradient(share)).sum(-1).mean()
 
 

@@ -291,6 +291,13 @@ def params_of(declared: Tree) -> list[Param]:
     return jax.tree.leaves(declared, is_leaf=is_param)
 
 
+def update(tree: Tree, new: Tree) -> Tree:
+    """`tree` with the leaves of `new`, which may hold only some of them."""
+    if not isinstance(new, dict):
+        return new
+    return tree | {name: update(tree[name], child) for name, child in new.items()}
+
+
 def advance(declared: Tree, params: Tree) -> Tree:
     """`params` after an optimiser step: every state that declares how it goes on has done so."""
 

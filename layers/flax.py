@@ -3,8 +3,9 @@
 Both are called as the pure form is, without the parameters, and return what it returns. Parameters
 keep their names and carry their logical axes as sharding metadata, which Flax translates by
 `logical_rules(DEFAULT_RULES)`. State (`Param.trainable` False) is kept apart from the parameters
-and takes its next value from `Aux.state`, as BatchNorm's does. Caches go in and come out of the
-call; `module.layer.init_cache(batch, length)` makes one.
+and takes its next value from `Aux.state`, as BatchNorm's does; a call counts as one optimiser step
+(`Param.advance`). Caches go in and come out of the call; `module.layer.init_cache(batch, length)`
+makes one.
 """
 
 from typing import Any
@@ -13,7 +14,18 @@ import jax
 from flax import linen, nnx
 from jax.sharding import Mesh
 
-from bestiary.layers.base import Aux, Layer, Param, Tree, flatten, init, is_param, map_params
+from bestiary.layers.base import (
+    Aux,
+    Layer,
+    Param,
+    Tree,
+    advance,
+    flatten,
+    init,
+    is_param,
+    map_params,
+    update,
+)
 from bestiary.layers.sharding import AXES, Axes, Rules, pspec
 
 
@@ -46,13 +58,19 @@ class NnxLayer(nnx.Module):
         self.deterministic = False  # Flax's name for what `train` and `eval` switch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer.apply(nnx.as_pure(self.weights), *args, **kwargs)
+        params = nnx.as_pure(self.weights)
+        output = self.layer.apply(params, *args, **kwargs)
         if not self.deterministic:
-            for path, value in flatten(next_state(output)):
-                variable = self.weights
-                for name in path.split("/"):
-                    variable = variable[name]
-                variable[...] = value
+            declared, following = (
+                flatten(self.layer.declare()),
+                next_state(self.layer, params, output),
+            )
+            for (path, param), (_, value) in zip(declared, flatten(following), strict=True):
+                if not param.trainable:
+                    variable = self.weights
+                    for name in path.split("/"):
+                        variable = variable[name]
+                    variable[...] = value
         return output
 
 
@@ -98,8 +116,14 @@ class LinenLayer(linen.Module):
         }
         output = self.layer.apply(params, *args, **kwargs)
         if self.is_mutable_collection("state") and not self.is_initializing():
-            for name, value in next_state(output).items():
-                state[name].value = value
+            following = next_state(self.layer, params, output)
+            for name, variable in state.items():
+                variable.value = jax.tree.map(
+                    lambda p, value: None if p.trainable else value,
+                    declared[name],
+                    following[name],
+                    is_leaf=is_param,
+                )
         return output
 
 
@@ -108,6 +132,8 @@ def only(declared: Tree, *, trainable: bool) -> Tree:
     return map_params(lambda p: p if p.trainable == trainable else None, declared)
 
 
-def next_state(output: Any) -> Tree:
+def next_state(layer: Layer, params: Tree, output: Any) -> Tree:
+    """`params` with the state after a call that returned `output`."""
     aux = output[-1] if isinstance(output, tuple) else None
-    return aux.state if isinstance(aux, Aux) else {}
+    state = aux.state if isinstance(aux, Aux) else {}
+    return advance(layer.declare(), update(params, state))

@@ -138,7 +138,7 @@ class PKM(Layer):
         return spec if self.shared else spec | {"table": self.table}
 
     def cost(self, length: int) -> Cost:
-        """The keys are matrices, one per head and half; reading the table multiplies nothing."""
+        """Adds the keys, matrices per head and half; a sum of rows counts as no product."""
         flops = 2 * self.num_heads * self.key_dim * self.num_keys
         return super().cost(length) + Cost(flops, flops)
 
@@ -206,6 +206,10 @@ class PEER(PKM):
 
     def spec(self) -> Tree:
         return super().spec() | {"activation": self.activation}
+
+    def cost(self, length: int) -> Cost:
+        flops = 2 * self.table.reads * self.dim
+        return super().cost(length) + Cost(flops, flops)
 
     def weigh(self, params: Tree, table: Tree, x: Array, rows: Array, weights: Array) -> Array:
         wide = x.astype(jnp.float32)[:, :, None, None]

@@ -129,7 +129,7 @@ def masked(
     gates = jnp.where(chosen, routing.weights[..., None], 0).sum(-2)
     axes = map_params(lambda p: None if p.inputs is None else 0, expert.declare())
     outputs = jax.vmap(lambda params: expert.apply(params, x, ctx)[0], (axes,))(params)
-    return jnp.einsum("ebsd,bse->bsd", outputs, gates.astype(x.dtype))
+    return (outputs * jnp.moveaxis(gates, -1, 0)[..., None].astype(x.dtype)).sum(0)
 
 
 def sorted_by_expert(
@@ -200,7 +200,7 @@ def _local(
         expert, declared, params, permute(copies, order, back), experts[order], num_experts, ways
     )
     outputs = permute(outputs, back, order).reshape(*routing.experts.shape, -1)
-    return jnp.einsum("bskd,bsk->bsd", outputs, routing.weights.astype(x.dtype))
+    return (outputs * routing.weights[..., None].astype(x.dtype)).sum(-2)
 
 
 def argsort(x: Array) -> Array:

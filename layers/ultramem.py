@@ -210,6 +210,10 @@ class UltraMemV2(UltraMem):
             spec["pre_activation"] = self.pre_activation
         return spec
 
+    def cost(self, length: int) -> Cost:
+        flops = 2 * self.num_heads * self.top_k * self.table.pre_dim
+        return super().cost(length) + Cost(flops, flops)
+
     def entries(
         self, params: Tree, table: Tree, x: Array, rows: Array, scores: Array, ctx: Context
     ) -> tuple[Array, Array]:

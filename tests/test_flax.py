@@ -22,6 +22,7 @@ from bestiary.layers import (
     PolyNorm,
     Repeat,
     RMSNorm,
+    Router,
     Silu,
     SparkFFN,
     layer,
@@ -192,6 +193,25 @@ def test_nnx_state_moves_in_training_only() -> None:
     frozen = np.asarray(mean[...])
     assert (call(module, inputs()) != frozen).any()
     np.testing.assert_array_equal(mean[...], frozen)
+
+
+def test_a_call_is_a_step_of_the_selection_bias() -> None:
+    router = Router(dim=DIM, num_experts=5, top_k=2, score="sigmoid", bias="sign", bias_rate=0.5)
+    expected = -0.5 * np.sign(load(router) - load(router).mean())
+    module = NnxLayer(router, rngs=nnx.Rngs(0))
+    nnx.jit(lambda m, x: m(x)[0])(module, inputs())
+    np.testing.assert_array_equal(module.weights["bias"][...], expected)
+    assert not module.weights["load"][...].any()
+    linen_module = LinenLayer(router)
+    variables = linen.unbox(linen_module.init(jax.random.key(0), inputs()))
+    _, changed = linen_module.apply(variables, inputs(), mutable=["state"])
+    assert np.abs(changed["state"]["bias"]).max() == 0.5 and not changed["state"]["load"].any()
+
+
+def load(router: Router) -> np.ndarray:
+    """How many of the inputs go to each expert, with the parameters that nnx draws."""
+    params = router.init(nnx.Rngs(0).params())
+    return np.bincount(np.ravel(router.apply(params, inputs())[0].experts), minlength=5)
 
 
 def test_nnx_state_survives_split_and_merge() -> None:

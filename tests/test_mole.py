@@ -28,6 +28,8 @@ from bestiary.layers import (
 )
 from bestiary.layers.base import Count, flatten
 from bestiary.layers.mole import convert, factorise
+from bestiary.zoo import llama, mixtures
+from bestiary.zoo import mole as zoo
 from bestiary.zoo.decoder import Block
 
 DIM, HIDDEN, EXPERTS, GROUP = 12, 10, 6, 3
@@ -159,6 +161,35 @@ def test_lower_ranks_of_the_experts_bring_the_group_nearer_to_the_latent_space()
     u, s, vt = np.linalg.svd(w, full_matrices=False)
     close(product(f), (u[..., :2] * s[:, None, :2]) @ vt[:, :2])
     assert (f.error > factorise(w, GROUP, 6).error).all()
+
+
+def test_a_model_converts_layer_by_layer() -> None:
+    """At full rank nothing is lost; below, the report says what and where."""
+    model = mixtures.olmoe_tiny()
+    params, ids = model.init(jax.random.key(0)), jnp.arange(30).reshape(2, 15)
+    full, converted, report = zoo.convert(model, params, 4, 128)
+    logits = jax.jit(model.apply)(params, ids)[0]
+    close(jax.jit(full.apply)(converted, ids)[0], logits, rtol=1e-4)
+    assert list(report) == [f"blocks/{n}" for n in range(4)]
+    assert list(zoo.lines(report))[0] == "blocks/0 gate: 0.00% lost (exact)"
+    small, converted, report = zoo.convert(model, params, 4, 48)
+    assert jax.tree.map(jnp.shape, converted) == jax.tree.map(lambda s: s.shape, small.abstract())
+    assert "% lost (ranks up to 128, kept 48)" in list(zoo.lines(report))[7]
+    with pytest.raises(ValueError, match="blocks: no mixture of experts"):
+        zoo.convert(llama.llama_tiny(), {"blocks": {}}, 4, 4)
+
+
+def test_models() -> None:
+    """Section 6.3's ratio of the experts' parameters, 1/3 + 2 m / (3 D) + 2 m / (3 G f)."""
+    for latent, whole, ratio in (
+        (zoo.mole_tiny(), mixtures.olmoe_tiny(), 1 / 3 + 96 / 384 + 96 / 960),
+        (zoo.latent_olmoe_small(), mixtures.olmoe_227m(), 1 / 3 + 768 / 2304 + 768 / 9216),
+    ):
+        experts = 3 * whole.stacks[0].n * 16 * 128 * 80
+        if whole.embedding.dim == 768:
+            experts = 3 * 20 * 64 * 768 * 384
+        saved = whole.count().total - latent.count().total
+        assert saved == pytest.approx((1 - ratio) * experts, rel=1e-9)
 
 
 # --- the layer ------------------------------------------------------------------------------------

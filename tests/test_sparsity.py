@@ -265,7 +265,7 @@ def test_thresholds_reach_their_cett_in_every_layer():
 def test_baselines_have_the_same_ratio():
     result = measured()
     for rule in (result.fat, result.topk):
-        assert abs(rule.activation_ratio - result.cett.activation_ratio) < 0.05
+        np.testing.assert_allclose(rule.activation_ratio, result.cett.activation_ratio, rtol=0.15)
         assert rule.perplexity > result.zeros.perplexity
     assert result.topk.setting == result.cett.activation_ratio
 

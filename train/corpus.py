@@ -28,21 +28,29 @@ class Corpus:
     Attributes:
       tokens: [n] any integer dtype, in memory or mapped from a file.
       starts: [documents] int64, rising, the first of them 0: where each document begins.
+      scored: [n] bool, which tokens count when they are predicted; None: all.
+      row: rows begin at multiples of it (documents that must not be cut are as long).
     """
 
     tokens: np.ndarray
     starts: np.ndarray
+    scored: np.ndarray | None = None
+    row: int = 1
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def split(self, tail: float) -> tuple["Corpus", "Corpus"]:
-        """The first `int((1 - tail) * n)` tokens, and the others."""
-        cut = int((1 - tail) * len(self))
+        """The first `int((1 - tail) * n)` tokens, down to a multiple of `row`, and the others."""
+        cut = int((1 - tail) * len(self)) // self.row * self.row
         at = np.searchsorted(self.starts, cut, side="right")
         last = np.append(0, self.starts[at:] - cut)
         first = self.starts[: np.searchsorted(self.starts, cut)]
-        return Corpus(self.tokens[:cut], first), Corpus(self.tokens[cut:], last)
+        scored = (None, None) if self.scored is None else (self.scored[:cut], self.scored[cut:])
+        return (
+            Corpus(self.tokens[:cut], first, scored[0], self.row),
+            Corpus(self.tokens[cut:], last, scored[1], self.row),
+        )
 
 
 def read_corpus(path: str | None, tokenizer: Tokenizer, text_field: str) -> Corpus:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bestiary.train.corpus import Corpus, read_corpus
+from bestiary.train.recall import is_recall, read_recall
 from bestiary.train.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Data:
 
     path: str | None = None
     """Text file, folder, .jsonl, .parquet, .array_record or token file (.npy, .bin); this Python's
-    own library sources when absent."""
+    own library sources when absent. A synthetic task: recall:facts=4096 (see train/recall.py)."""
     tokenizer: str = "bytes"
     """Either "bytes" or the path of a Hugging Face tokenizer.json."""
     text_field: str = "text"
@@ -58,7 +59,10 @@ def load(data: Data) -> tuple[Tokenizer, Corpus, Corpus]:
         too short for a row of training (`length + 1` tokens) or validation (2 tokens).
     """
     tokenizer = load_tokenizer(data.tokenizer)
-    corpus = read_corpus(data.path, tokenizer, data.text_field)
+    if data.path is not None and is_recall(data.path):
+        corpus = read_recall(data.path, tokenizer, data.length)
+    else:
+        corpus = read_corpus(data.path, tokenizer, data.text_field)
     train, validation = corpus.split(data.validation_fraction)
     if data.validation_fraction < 1:
         _require(train, data, "training", data.length + 1)
@@ -86,8 +90,9 @@ def train_iterator(
     Returns:
       An iterator over dicts of arrays `[batch_size / process_count, length]`: int32 `inputs`,
       `targets`, `positions` (from 0 in each document), `segment_ids` (1, 2, ... in each row) and
-      float32 `weights` (0 where the target is not of the input's document). `get_state()` is a dict
-      fit for JSON; `set_state()` of it continues with exactly the batch that would have come next.
+      float32 `weights` (0 where the target is not of the input's document, or not scored).
+      `get_state()` is a dict fit for JSON; `set_state()` of it continues with exactly the batch
+      that would have come next.
 
     Raises:
       ValueError: corpus too short, negative seed, or process numbers that do not fit.
@@ -104,7 +109,7 @@ def train_iterator(
     @functools.lru_cache(maxsize=2)
     def epoch_starts(epoch: int) -> np.ndarray:
         random = np.random.default_rng((seed, epoch))
-        offset = random.integers(data.length)
+        offset = random.integers(data.length) // corpus.row * corpus.row
         # The row that the offset pushes over the end is moved back to it.
         return np.minimum(random.permutation(rows) * data.length + offset, last)
 
@@ -166,12 +171,15 @@ def cut_rows(corpus: Corpus, starts: np.ndarray, length: int, isolate: bool) -> 
         begins[row, corpus.starts[document] - starts[row]] = 1
         segments *= 1 + np.cumsum(begins, axis=1, dtype=np.int32)
         positions -= np.where(inside, np.maximum.accumulate(begins * column, axis=1), 0)
+    counted = inside[:, 1:] & (segments[:, 1:] == segments[:, :-1])
+    if corpus.scored is not None:
+        counted &= corpus.scored[np.minimum(at[:, 1:], len(corpus) - 1)]
     return {
         "inputs": tokens[:, :-1].astype(np.int32),
         "targets": tokens[:, 1:].astype(np.int32),
         "positions": positions[:, :-1].astype(np.int32),
         "segment_ids": segments[:, :-1].astype(np.int32),
-        "weights": (inside[:, 1:] & (segments[:, 1:] == segments[:, :-1])).astype(np.float32),
+        "weights": counted.astype(np.float32),
     }
 
 

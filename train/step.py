@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.sharding as js
 import optax
 
-from bestiary.layers.base import Array, Tree, advance, is_param, map_params
+from bestiary.layers.base import Array, Tree, advance, is_param, map_params, update
 from bestiary.layers.sharding import pspec
 from bestiary.train.mesh import placed
 from bestiary.train.objective import token_losses
@@ -36,13 +36,6 @@ def merge(trained: Tree, frozen: Tree) -> Tree:
     return jax.tree.map(
         lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
     )
-
-
-def update(tree: Tree, new: Tree) -> Tree:
-    """`tree` with the leaves of `new`, which may hold only some of them."""
-    if not isinstance(new, dict):
-        return new
-    return tree | {name: update(tree[name], child) for name, child in new.items()}
 
 
 def abstract_state(experiment: "Experiment", mesh: js.Mesh) -> State:

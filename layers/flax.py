@@ -61,16 +61,13 @@ class NnxLayer(nnx.Module):
         params = nnx.as_pure(self.weights)
         output = self.layer.apply(params, *args, **kwargs)
         if not self.deterministic:
-            declared, following = (
-                flatten(self.layer.declare()),
-                next_state(self.layer, params, output),
-            )
-            for (path, param), (_, value) in zip(declared, flatten(following), strict=True):
+            following = dict(flatten(next_state(self.layer, params, output)))
+            for path, param in flatten(self.layer.declare()):
                 if not param.trainable:
                     variable = self.weights
                     for name in path.split("/"):
                         variable = variable[name]
-                    variable[...] = value
+                    variable[...] = following[path]
         return output
 
 

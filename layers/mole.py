@@ -126,12 +126,10 @@ class LatentExperts(Layer):
         return spec if self.shared is None else spec | {"shared": self.shared}
 
     def cost(self, length: int) -> Cost:
-        """A token costs the experts that it uses, their weighted sum, and the latents of all
-        groups."""
-        used = self.router.top_k
+        """A token costs the experts that it uses and the latents of all groups."""
+        unused = self.router.num_experts - self.router.top_k
         one = sum(p.cost().flops for p in params_of(self.expert.declare()))
-        unused, combine = (self.router.num_experts - used) * one, 2 * used * self.dim
-        return super().cost(length) + Cost(combine - unused, combine)
+        return super().cost(length) + Cost(-unused * one)
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
         routing, aux = self.router.apply(params["router"], x, ctx)

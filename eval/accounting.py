@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
-from bestiary.layers.base import params_of
+import jax
+
+from bestiary.layers.base import abstract, params_of
+from bestiary.train.optimizer import Optimizer
+from bestiary.train.step import split
 from bestiary.zoo.decoder import Decoder
 
 
@@ -22,7 +26,13 @@ class Accounting:
     """Per token, one forward pass over a sequence of `length` (training, prefill)."""
     forward_flops_active: float
     training_flops_total: float
-    """Per token, forward and backward: three times the forward pass."""
+    """Per token, forward and backward: three times the forward pass, with what only training
+    predicts."""
+    training_flops_active: float
+    decode_flops_active: float
+    """For the token at the end of a sequence of `length`."""
+    optimizer_bytes: int
+    """The optimiser's state, by default AdamW's two moments."""
     decode_bytes_active: float
     """Active parameters and the whole cache: what generating one token at batch 1 reads."""
     cache_bytes: int
@@ -33,19 +43,26 @@ class Accounting:
         return self.cache_bytes / self.length
 
 
-def account(model: Decoder, length: int) -> Accounting:
+def account(model: Decoder, length: int, optimizer: Optimizer | None = None) -> Accounting:
     """Accounts for `model` at context `length`. Raises ValueError for a length below 1."""
     if length < 1:
         raise ValueError(f"length: {length} tokens; need at least 1")
-    count, cost = model.count(), model.cost(length)
+    count, cost, training = model.count(), model.cost(length), model.training_cost(length)
+    shorter = model.cost(length - 1).active_flops if length > 1 else 0
     cache = sum(p.nbytes for p in params_of(model.cache_spec(1, length)))
+    trained, _ = split(model.declare(), model.declare())
+    moments = jax.eval_shape((optimizer or Optimizer()).build(trained).init, abstract(trained))
     return Accounting(
         length=length,
         params_total=count.total,
         params_active=count.active,
         forward_flops_total=cost.flops,
         forward_flops_active=cost.active_flops,
-        training_flops_total=3 * cost.flops,
+        training_flops_total=3 * training.flops,
+        training_flops_active=3 * training.active_flops,
+        # what the last token adds to a sequence
+        decode_flops_active=length * cost.active_flops - (length - 1) * shorter,
+        optimizer_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moments)),
         decode_bytes_active=cost.active_bytes + cache,
         cache_bytes=cache,
     )

@@ -32,9 +32,16 @@ class List:
 
     json: bool = False
     """Print JSON."""
+    figures: bool = False
+    """Print a Markdown table of every model's figures (docs/models.md)."""
+    length: int = 4096
+    """Context length of the figures."""
 
 
 def run_list(options: List) -> None:
+    if options.figures:
+        print(figures_table(options.length))
+        return
     found = {
         "models": {name: _first_line(build) for name, build in models().items()},
         "experiments": experiments(),
@@ -55,6 +62,25 @@ def run_list(options: List) -> None:
             count = load_model(name).count() if kind == "models" else ()
             table.add_row(name, *(short(n) for n in count), escape(text))
         console.print(table, "")
+
+
+def figures_table(length: int) -> str:
+    """Every model's accounting at context `length`, as Markdown."""
+    columns = {
+        "parameters": lambda a: short(a.params_total),
+        "active": lambda a: short(a.params_active),
+        "training FLOPs": lambda a: short(a.training_flops_total),
+        "prefill FLOPs": lambda a: short(a.forward_flops_active),
+        "decode FLOPs": lambda a: short(a.decode_flops_active),
+        "decode bytes": lambda a: short(a.decode_bytes_active, "B"),
+        "cache bytes": lambda a: short(a.cache_bytes_per_token, "B"),
+        "optimiser bytes": lambda a: short(a.optimizer_bytes, "B"),
+    }
+    lines = [f"| model | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name in models():
+        figures = account(load_model(name), length)
+        lines.append(f"| `{name}` | {' | '.join(f(figures) for f in columns.values())} |")
+    return "\n".join(lines)
 
 
 def layers() -> list[type[Layer]]:
@@ -162,9 +188,12 @@ def _figures(a: Accounting) -> Table:
         ("forward FLOPs per token", short(a.forward_flops_total)),
         ("  of them active", short(a.forward_flops_active)),
         ("training FLOPs per token", short(a.training_flops_total)),
+        ("  of them active", short(a.training_flops_active)),
+        ("active FLOPs of the last decoded token", short(a.decode_flops_active)),
         ("bytes read per decoded token, batch 1", short(a.decode_bytes_active, "B")),
         ("KV-cache bytes per token", short(a.cache_bytes_per_token, "B")),
         ("KV-cache bytes per sequence", short(a.cache_bytes, "B")),
+        ("optimiser bytes (AdamW)", short(a.optimizer_bytes, "B")),
     )
     for row in rows:
         table.add_row(*row)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bestiary import zoo
 from bestiary.train.data import Data
 from bestiary.train.experiment import (
     Checkpoints,
@@ -24,19 +25,12 @@ from bestiary.train.mesh import Mesh
 from bestiary.train.objective import NextToken
 from bestiary.train.optimizer import Optimizer, Schedule
 from bestiary.train.tree_json import difference, from_json, to_json
-from bestiary.zoo import gemma2, llama, polycom, spark
 from bestiary.zoo.decoder import Decoder
 
 
 def models() -> dict[str, Decoder]:
-    """Every published configuration: the functions without arguments."""
-    found = {}
-    for family in (gemma2, llama, polycom, spark):
-        for name, make in vars(family).items():
-            if getattr(make, "__module__", "") == family.__name__ and callable(make):
-                if not make.__code__.co_argcount + make.__code__.co_kwonlyargcount:
-                    found[name] = make()
-    return found
+    """Every configuration by name."""
+    return {name: make() for name, make in zoo.models().items()}
 
 
 MODELS = models()

@@ -192,9 +192,22 @@ class Decoder(Layer):
         return map_params(stored, super().declare())
 
     def cost(self, length: int) -> Cost:
-        cost = sum_costs(self.spec(), length)
-        if self.head is None:
-            cost += self.embedding.head_cost()
+        """Of the forward pass, which leaves `mtp` out."""
+        spec = self.spec()
+        spec.pop("mtp", None)
+        return self._stored(sum_costs(spec, length) + self._tied_head())
+
+    def training_cost(self, length: int) -> Cost:
+        """Of the forward pass in training, with the further token's block and head."""
+        if self.mtp is None:
+            return self.cost(length)
+        head = self._tied_head() if self.head is None else self.head.cost(length)
+        return self.cost(length) + self._stored(self.mtp.cost(length) + head)
+
+    def _tied_head(self) -> Cost:
+        return self.embedding.head_cost() if self.head is None else Cost()
+
+    def _stored(self, cost: Cost) -> Cost:
         stored = jnp.dtype(self.precision.params).itemsize / 4  # the parts declare float32
         return replace(cost, bytes=cost.bytes * stored, active_bytes=cost.active_bytes * stored)
 

@@ -37,7 +37,7 @@ class AdaptiveFactor:
     `min_factor`, up to `max_factor` times `start`; the change is spread linearly over the next
     `step_size` steps. Ramp and cap are those of the released code; the paper has neither.
 
-    Raises ValueError for a stable phase too short to hold two means.
+    Raises ValueError for a stable phase that ends before there are two means.
     """
 
     start: float
@@ -48,10 +48,9 @@ class AdaptiveFactor:
 
     def __post_init__(self) -> None:
         positive(step_size=self.step_size)
-        if self.stable_steps < 2 * self.step_size:
+        if self.stable_steps <= self.step_size:
             raise ValueError(
-                f"stable_steps: {self.stable_steps}; need at least {2 * self.step_size}, "
-                "twice step_size"
+                f"stable_steps: {self.stable_steps}; need more than step_size {self.step_size}"
             )
         if not self.start >= 0:
             raise ValueError(f"start: {self.start}; need 0 or more")

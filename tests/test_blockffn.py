@@ -275,8 +275,8 @@ def test_the_state_goes_on_by_its_declaration() -> None:
     [
         (lambda: AdaptiveFactor(start=-1.0), "start: -1.0; need 0 or more"),
         (
-            lambda: AdaptiveFactor(start=0.1, stable_steps=150),
-            "stable_steps: 150; need at least 200",
+            lambda: AdaptiveFactor(start=0.1, stable_steps=100),
+            "stable_steps: 100; need more than step_size 100",
         ),
         (lambda: BlockFFN(dim=4, num_experts=0, expert_dim=2), "num_experts: 0; need at least 1"),
         (

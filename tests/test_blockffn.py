@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bestiary.layers import BlockFFN, Context, Gelu, GeluTanh, Relu, Repeat, RMSNorm, Silu
+from bestiary.layers import (
+    DEFAULT_RULES,
+    BlockFFN,
+    Context,
+    Gelu,
+    GeluTanh,
+    Relu,
+    Repeat,
+    RMSNorm,
+    Silu,
+    use_rules,
+)
 from bestiary.layers import blockffn as b
 from bestiary.layers.base import advance, flatten
 from bestiary.layers.blockffn import AdaptiveFactor
@@ -240,6 +251,26 @@ def test_every_parameter_learns_through_scan_and_remat() -> None:
         if not isinstance(g, dict) and "sparsity" not in path:
             assert np.all(np.any(g, axis=tuple(range(1, g.ndim)))), path
     assert np.all(np.any(own["ffn"]["router"], axis=(1, 2)))
+
+
+def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
+    """Output, losses, statistics and all gradients, experts and batch spread over devices."""
+    params, rows = LAYER.init(jax.random.key(0)), np.random.default_rng(0)
+    x = jnp.asarray(rows.normal(size=(4, 14, DIM)), jnp.float32)
+
+    def run(params: Any, x: jax.Array) -> tuple:
+        def loss(params: Any, x: jax.Array) -> tuple[jax.Array, tuple]:
+            y, aux = LAYER.apply(params, x, Context(segment_ids=jnp.asarray(SEGMENTS)))
+            own = aux.losses["locality"] + aux.losses["chunk_sparsity"]
+            return (y**2).sum() + own, (y, aux.losses, aux.metrics)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+
+    expected = jax.jit(run)(params, x)
+    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
+        placed = jax.device_put(params, jax.tree.map(lambda s: s.sharding, LAYER.abstract(mesh)))
+        actual = jax.jit(run)(placed, x)
+    jax.tree.map(lambda ours, theirs: close(ours, theirs, rtol=2e-5), actual, expected)
 
 
 def test_the_state_goes_on_by_its_declaration() -> None:

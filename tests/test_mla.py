@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bestiary.layers import (
+    DEFAULT_RULES,
     GLU,
     MLA,
     Chain,
@@ -23,6 +24,7 @@ from bestiary.layers import (
     Rope,
     Router,
     Silu,
+    use_rules,
 )
 from bestiary.layers.base import flatten, map_params
 from bestiary.zoo.decoder import Block, Decoder
@@ -156,6 +158,27 @@ def test_every_parameter_learns_through_scan_and_remat() -> None:
 
     for path, g in flatten(gradient(stack.init(jax.random.key(0)))):
         assert np.all(np.any(g, axis=tuple(range(1, g.ndim)))), path
+
+
+def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
+    """Heads and batch spread over devices: the full forward, its gradients, and a decoded token."""
+    layer = OPTIONS["wide"]
+    params, x = draw(layer), jnp.asarray(np.concatenate((X, X[:1])))
+
+    def run(params: Any, x: jax.Array) -> tuple:
+        def loss(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = layer.apply(params, x)[0]
+            return (y**2).sum(), y
+
+        here = Context(positions=jnp.zeros((len(x), 1), jnp.int32))
+        y, cache, _ = layer.apply(params, x[:, :1], here, layer.init_cache(len(x), LENGTH))
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x), y, cache
+
+    expected = jax.jit(run)(params, x)
+    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
+        placed = jax.device_put(params, jax.tree.map(lambda s: s.sharding, layer.abstract(mesh)))
+        actual = jax.jit(run)(placed, x)
+    jax.tree.map(close, actual, expected)
 
 
 @pytest.mark.parametrize("name", ["wide", "direct_query"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bestiary.layers import (
+    DEFAULT_RULES,
     GLU,
     MLP,
     Attention,
@@ -22,6 +23,7 @@ from bestiary.layers import (
     RMSNorm,
     Silu,
     SubDimensions,
+    use_rules,
 )
 from bestiary.layers.base import Count, flatten
 from bestiary.zoo import llama, mohd
@@ -157,9 +159,7 @@ def test_active_parameters() -> None:
     assert saved - alone == 2 * read / 4
 
 
-def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> (
-    None
-):
+def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> None:
     block = Block(
         mixer=MoHDResidual(gate=GATE, inner=ATTENTION),
         ffn=MoHDResidual(gate=GATE, inner=MoHDFFN(gate=GATE, hidden=HIDDEN)),
@@ -188,6 +188,25 @@ def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> (
     for gate in (balance["mixer"]["gate"], balance["ffn"]["gate"], balance["ffn"]["inner"]["gate"]):
         assert np.all(np.any(gate["centroids"], axis=(1, 2)))
     close(steps, full, rtol=2e-5)
+
+
+def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
+    inner = MoHDFFN(gate=GATE, hidden=HIDDEN)
+    layer = MoHDResidual(gate=GATE, inner=inner, fusion="block")
+    params, x = layer.init(jax.random.key(0)), jnp.asarray(np.concatenate((X, X[:1])))
+
+    def run(params: Any, x: jax.Array) -> tuple:
+        def loss(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y, aux = layer.apply(params, x)
+            return (y**2).sum() + aux.losses["load_balance"], y
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+
+    expected = jax.jit(run)(params, x)
+    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
+        placed = jax.device_put(params, jax.tree.map(lambda s: s.sharding, layer.abstract(mesh)))
+        actual = jax.jit(run)(placed, x)
+    jax.tree.map(lambda ours, theirs: close(ours, theirs, rtol=2e-5), actual, expected)
 
 
 @pytest.mark.parametrize(

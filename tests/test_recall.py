@@ -56,7 +56,7 @@ def test_pairs_are_new_in_each_row_and_answer_its_queries(pairs: int) -> None:
 )
 def test_rows_are_whole_and_only_answers_count(path: str, scored: slice) -> None:
     data = Data(
-        path=f"recall:{path},rows=100", length=LENGTH, batch_size=3, validation_fraction=0.25
+        path=f"recall:{path},rows=100", length=LENGTH, batch_size=5, validation_fraction=0.25
     )
     _, train, validation = load(data)
     whole = {row.tobytes() for row in train.tokens.reshape(-1, LENGTH)}

@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": Command("eval.evaluate", "Evaluate", "run", "loss, perplexity and sparsity of a run"),
     "generate": Command("eval.generate", "Generate", "run", "text from a run"),
     "plan": Command("eval.plan", "Options", "run", "compile for a TPU that is not there"),
+    "compare": Command("eval.compare", "Compare", "run", "architectures under one budget"),
     "import": Command("train.weights", "Import", "run_import", "a run from a Hugging Face folder"),
     "export": Command("train.weights", "Export", "run_export", "a Hugging Face folder from a run"),
     "merge": Command("train.merge", "Merge", "run", "one run from checkpoints or from runs"),

@@ -100,9 +100,9 @@ def sparsity(
 ) -> Sparsity:
     """PPL-p% activation ratio of `model` for a relative `increase` of its perplexity on `batches`.
 
-    Covers the feed-forwards that end in `layers.feedforward.down`; other arguments as in
-    `evaluate`. Two passes over the batches find CETT(t) of every layer at every candidate, 20 more
-    the target. Memory: the activations of one layer and batch.
+    Covers the feed-forwards that end in `layers.feedforward.down`, in mixtures of experts the
+    shared ones; other arguments as in `evaluate`. Two passes over the batches find CETT(t) of every
+    layer at every candidate, 20 more the target. Memory: the activations of one layer and batch.
 
     Raises ValueError when there is no such feed-forward.
     """
@@ -112,7 +112,10 @@ def sparsity(
     survey = _reports(model, params, batches, surveys)
     layers = {path: w for path, w in layers.items() if path in survey}
     if not layers:
-        raise ValueError("run: its model has no feed-forward that reports its hidden activations")
+        raise ValueError(
+            "run: its model has no feed-forward that shows its hidden activations to a probe; "
+            "need one that is not a mixture of experts"
+        )
     ranges = {path: candidate_range(survey[path]) for path in layers}
     reports = _reports(model, params, batches, {p: Curve(*r) for p, r in ranges.items()})
     curves = {

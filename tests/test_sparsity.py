@@ -279,7 +279,7 @@ def test_a_model_that_shows_nothing_is_refused():
     silent = jax.tree_util.register_static(Silent)
     ffn = silent(dim=DIM, hidden=HIDDEN, activation=Silu())
     model = llama(vocab_size=VOCAB, num_layers=1, attention=ATTENTION, ffn=ffn, tied=True)
-    with pytest.raises(ValueError, match="^run: its model has no feed-forward that reports"):
+    with pytest.raises(ValueError, match="^run: its model has no feed-forward that shows"):
         sparsity(model, model.init(jax.random.key(0)), batches()[:1], np.zeros(VOCAB))
 
 

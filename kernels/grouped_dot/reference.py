@@ -25,18 +25,26 @@ def rows(dy: Array, w: Array, sizes: Array) -> Array:
 
 
 def matrices(x: Array, dy: Array, sizes: Array) -> Array:
-    """The gradient of w: x [rows, D], dy [rows, F] -> float32 [groups, D, F]."""
+    """The gradient of w: x [rows, D], dy [rows, F] -> float32 [groups, D, F].
+
+    One group after the other, so that each matrix is summed where it stays and written once.
+    """
     block = block_size(x.shape[0], sizes.size)
     x, dy = _padded(x, block), _padded(dy, block)
 
-    def add(dw: Array, group: Array, first: Array, inside: Array) -> Array:
-        part = jax.lax.dynamic_slice_in_dim(x, first, block)
-        part = jnp.where(inside[:, None], part, 0)
-        new = _product(part, jax.lax.dynamic_slice_in_dim(dy, first, block), 0, 0)
-        return dw.at[group].add(new, mode="promise_in_bounds")
+    def one(group: tuple[Array, Array]) -> Array:
+        start, size = group
 
-    shape = (sizes.size, x.shape[1], dy.shape[1])
-    return _over_blocks(jnp.zeros(shape, jnp.float32), sizes, block, add, x, dy)
+        def add(i: Array, dw: Array) -> Array:
+            first = start + i * block
+            inside = i * block + jnp.arange(block) < size
+            part = jnp.where(inside[:, None], jax.lax.dynamic_slice_in_dim(x, first, block), 0)
+            return dw + _product(part, jax.lax.dynamic_slice_in_dim(dy, first, block), 0, 0)
+
+        dw = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, -(-size // block), add, vary_alike(dw, x, dy, size)[0])
+
+    return jax.lax.map(one, (jnp.cumsum(sizes) - sizes, sizes))
 
 
 def block_size(num_rows: int, num_groups: int) -> int:
@@ -46,40 +54,23 @@ def block_size(num_rows: int, num_groups: int) -> int:
 
 
 def _rows(x: Array, sizes: Array, width: int, product: Callable[[Array, Array], Array]) -> Array:
+    """Every row's product with its group's matrix, block after block."""
     num_rows, block = x.shape[0], block_size(x.shape[0], sizes.size)
     x = _padded(x, block)
-
-    def write(y: Array, group: Array, first: Array, inside: Array) -> Array:
-        del inside
-        new = product(jax.lax.dynamic_slice_in_dim(x, first, block), group)
-        return jax.lax.dynamic_update_slice_in_dim(y, new, first, 0)
-
-    y = jnp.zeros((x.shape[0], width), jnp.float32)
-    y = _over_blocks(y, sizes, block, write, x)[:num_rows]
-    return jnp.where(jnp.arange(num_rows)[:, None] < sizes.sum(), y, 0)
-
-
-def _over_blocks(
-    carry: Array,
-    sizes: Array,
-    block: int,
-    body: Callable[[Array, Array, Array, Array], Array],
-    *used: Array,
-) -> Array:
-    """carry = body(carry, group, first row, which rows are the group's) for every block."""
     blocks = -(-sizes // block)
     last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(sizes)
-    # inside `jax.shard_map` the carry differs over the mesh as what it is made of does
-    carry = vary_alike(carry, sizes, *used)[0]
 
-    def one(i: Array, carry: Array) -> Array:
+    def one(i: Array, y: Array) -> Array:
         group = jnp.searchsorted(last_block, i, side="right")
         nth = i - (last_block[group] - blocks[group])
         first = last_row[group] - sizes[group] + nth * block
-        inside = first + jnp.arange(block) < last_row[group]
-        return body(carry, group, first, inside)
+        new = product(jax.lax.dynamic_slice_in_dim(x, first, block), group)
+        return jax.lax.dynamic_update_slice_in_dim(y, new, first, 0)
 
-    return jax.lax.fori_loop(0, last_block[-1], one, carry)
+    # inside `jax.shard_map` the carry differs over the mesh as what it is made of does
+    y, *_ = vary_alike(jnp.zeros((x.shape[0], width), jnp.float32), x, sizes)
+    y = jax.lax.fori_loop(0, last_block[-1], one, y)[:num_rows]
+    return jnp.where(jnp.arange(num_rows)[:, None] < last_row[-1], y, 0)
 
 
 def _padded(x: Array, block: int) -> Array:

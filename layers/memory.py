@@ -44,13 +44,20 @@ class Found(NamedTuple):
 def product_keys(rows: Array, columns: Array, k: int) -> Found:
     """The `k` largest of the n^2 sums rows[i] + columns[j], exactly: [..., n] each, k <= n."""
     n = rows.shape[-1]
-    best_rows, i = jax.lax.top_k(jax.lax.stop_gradient(rows), k)
-    best_columns, j = jax.lax.top_k(jax.lax.stop_gradient(columns), k)
+    best_rows, i = top_k(rows, k)
+    best_columns, j = top_k(columns, k)
     # pair (a, b) is no better than the (a + 1) (b + 1) pairs up to it: the others cannot be chosen
     a, b = np.nonzero(np.outer(np.arange(1, k + 1), np.arange(1, k + 1)) <= k)
-    _, at = jax.lax.top_k(best_rows[..., a] + best_columns[..., b], k)
+    _, at = top_k(best_rows[..., a] + best_columns[..., b], k)
     i, j = pick(i, jnp.asarray(a)[at]), pick(j, jnp.asarray(b)[at])
     return Found(pick(rows, i) + pick(columns, j), i * n + j)
+
+
+def top_k(x: Array, k: int) -> list[Array]:
+    """The `k` largest entries of the last axis and where they are, without gradient."""
+    # XLA would merge a slice of the result with the sort that top_k is at first, and then not
+    # know it for a top-k any more: a whole sort takes 20 times as long
+    return jax.lax.optimization_barrier(jax.lax.top_k(jax.lax.stop_gradient(x), k))
 
 
 def pick(x: Array, index: Array) -> Array:

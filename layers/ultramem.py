@@ -25,22 +25,29 @@ from bestiary.layers.base import (
     ones,
     positive,
 )
-from bestiary.layers.memory import MemoryTable, pick
+from bestiary.layers.memory import MemoryTable, pick, top_k
 from bestiary.layers.rows import dot_rows, sum_rows
 from bestiary.layers.sharding import dot
 
 POSITIONS = 128  # whose top_k^2 candidates exist at a time
 
 
+class Side(NamedTuple):
+    """The row or the column keys: scores float32 [batch, seq, heads, rank, n], merged by u or v to
+    [batch, seq, heads, n], and the best of these, int32 [batch, seq, heads, top_k]."""
+
+    scores: Array
+    merged: Array
+    candidates: Array
+
+
 class Chosen(NamedTuple):
     """What the queries chose: scores float32 [batch, seq, heads, top_k, slices], best sum first,
-    ids row * n + column int32 [batch, seq, heads, top_k]; the merged scores of all keys float32 and
-    the candidates int32, [2, batch, seq, heads, n] and [2, batch, seq, heads, top_k]."""
+    and ids row * n + column int32 [batch, seq, heads, top_k]; the sides they come from."""
 
     scores: Array
     ids: Array
-    merged: Array
-    candidates: Array
+    sides: tuple[Side, Side]
 
 
 @layer
@@ -135,17 +142,21 @@ class UltraMem(Layer):
         q = dot("bsd,dpk->bspk", x, params["query"])
         q = _rms(q, params["query_norm"], -1, self.eps)
         keys = _rms(params["keys"], params["key_norm"], 1, self.eps)
-        s = dot("bspk,pkhrn->pbshrn", q, keys, dtype=jnp.float32)
         core = params["core"].astype(jnp.float32)
-        merged = (s * jnp.stack([u, v])[:, None, None, :, :, None]).sum(-2)
 
-        rows, columns, ids, candidates = _search(
-            *jax.lax.stop_gradient((s, merged, core.sum(0))), self.top_k
-        )
-        row, column = pick(s[0], rows[..., None, :]), pick(s[1], columns[..., None, :])
+        def side(p: int, vector: Array) -> Side:
+            s = dot("bsk,khrn->bshrn", q[:, :, p], keys[p], dtype=jnp.float32)
+            merged = (s * vector[..., None]).sum(-2)
+            return Side(s, merged, top_k(merged, self.top_k)[1])
+
+        rows, columns = sides = side(0, u), side(1, v)
+        row, column = (pick(s.scores, s.candidates[..., None, :]) for s in sides)
+        a, b = _best_pairs(*jax.lax.stop_gradient((row, column, core.sum(0))))
+        ids = pick(rows.candidates, a) * self.num_keys + pick(columns.candidates, b)
+        row, column = pick(row, a[..., None, :]), pick(column, b[..., None, :])
         left = jnp.einsum("bshrm,phrq->bshmpq", row, core)
         scores = (left * column.swapaxes(-1, -2)[..., None, :]).sum(-1)
-        return Chosen(scores, ids, merged, candidates)
+        return Chosen(scores, ids, sides)
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
         u, v = leading(jax.lax.stop_gradient(params["core"]), params["u"], params["v"])
@@ -160,7 +171,8 @@ class UltraMem(Layer):
 
         losses = {}
         if self.balance:
-            losses = {"memory_balance": self.balance * balance(chosen, ctx)}
+            rows_loss, columns_loss = (balance(side, ctx) for side in chosen.sides)
+            losses = {"memory_balance": self.balance * (rows_loss + columns_loss)}
         metrics = {"score": ctx.mean(chosen.scores.sum(-1)).mean()}
         return y, Aux(losses, metrics, {"u": u, "v": v})
 
@@ -241,41 +253,31 @@ def leading(core: Array, u: Array, v: Array) -> tuple[Array, Array]:
     return sign * left, sign * right
 
 
-def balance(chosen: Chosen, ctx: Context) -> Array:
-    """n sum_i p_i f_i, for rows plus columns: p the mean softmax of the merged scores, f the share
-    of the candidates that key i is."""
-    n = chosen.merged.shape[-1]
-    batch, seq = chosen.merged.shape[1:3]
-    real = jnp.ones((batch, seq)) if ctx.segment_ids is None else (ctx.segment_ids > 0)
-
-    def one(merged: Array, candidates: Array) -> Array:
-        p = ctx.mean(jax.nn.softmax(merged, -1)).mean(0)
-        counts = jnp.broadcast_to(real[..., None, None], candidates.shape).astype(jnp.float32)
-        f = jnp.zeros(n).at[candidates].add(counts)
-        return n * (p * f).sum() / jnp.maximum(f.sum(), 1)
-
-    return sum(map(one, chosen.merged, chosen.candidates), jnp.float32(0))
+def balance(side: Side, ctx: Context) -> Array:
+    """n sum_i p_i f_i: p the mean softmax of the merged scores, f the share of the candidates that
+    key i is."""
+    n = side.merged.shape[-1]
+    p = ctx.mean(jax.nn.softmax(side.merged, -1)).mean(0)
+    real = jnp.ones(side.merged.shape[:2]) if ctx.segment_ids is None else ctx.segment_ids > 0
+    real = jnp.broadcast_to(real[..., None, None], side.candidates.shape).astype(jnp.float32)
+    f = jnp.zeros(n).at[side.candidates].add(real)
+    return n * (p * f).sum() / jnp.maximum(f.sum(), 1)
 
 
-def _search(s: Array, merged: Array, core: Array, k: int) -> tuple[Array, Array, Array, Array]:
-    """The best `k` of the k x k pairs of the keys with the best merged scores: row keys, column
-    keys and ids [batch, seq, heads, k], and the candidates [2, batch, seq, heads, k]."""
-    n = merged.shape[-1]
+def _best_pairs(row: Array, column: Array, core: Array) -> tuple[Array, Array]:
+    """Which of the m x m pairs have the best m scores row_a^T core column_b: int32 a and b [batch,
+    seq, heads, m], from [batch, seq, heads, rank, m] and [heads, rank, rank]."""
+    m = row.shape[-1]
 
-    def position(xs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        s, merged = xs  # [2, batch, heads, rank, n], [2, batch, heads, n]
-        _, candidates = jax.lax.top_k(merged, k)
-        row, column = pick(s, candidates[..., None, :])
+    def position(xs: tuple[Array, Array]) -> Array:
+        row, column = xs  # [batch, heads, rank, m]
         left = jnp.einsum("bhrm,hrq->bhmq", row, core)
         pairs = jnp.einsum("bhmq,bhqn->bhmn", left, column)
-        _, best = jax.lax.top_k(pairs.reshape(*pairs.shape[:2], -1), k)
-        i, j = candidates
-        return pick(i, best // k), pick(j, best % k), candidates
+        return top_k(pairs.reshape(*pairs.shape[:2], -1), m)[1]
 
-    xs = jnp.moveaxis(s, 2, 0), jnp.moveaxis(merged, 2, 0)
-    rows, columns, candidates = jax.lax.map(position, xs, batch_size=POSITIONS)
-    rows, columns = rows.swapaxes(0, 1), columns.swapaxes(0, 1)
-    return rows, columns, rows * n + columns, jnp.moveaxis(candidates, 0, 2)
+    xs = row.swapaxes(0, 1), column.swapaxes(0, 1)
+    best = jax.lax.map(position, xs, batch_size=POSITIONS).swapaxes(0, 1)
+    return best // m, best % m
 
 
 def _rms(x: Array, gain: Array, axis: int, eps: float) -> Array:

@@ -95,7 +95,7 @@ def latent(
 
 def blockffn_tiny() -> Decoder:
     """`llama_tiny` with BlockFFN feed-forwards of equal parameters."""
-    return byte_llama(4, 128, block_ffn(128, 4, 26, 18, density=0.25))
+    return byte_llama(4, 128, block_ffn(128, 4, 26, 18, density=0.2))
 
 
 def blockffn_0_1b() -> Decoder:

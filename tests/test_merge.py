@@ -263,6 +263,7 @@ def test_the_command_makes_a_run(
 ONES = jnp.ones(2)
 
 REFUSED = {
+    "'a' is no subcommand; need one of wsm, linear, slerp, task-arithmetic, ties, dare": "a",
     "steps: 7; ": "wsm wsm --steps 7 20",
     "steps: (20, 10); need": "wsm wsm --steps 20 10",
     "last: 4; wsm has checkpoints of 10, 20, 40": "wsm wsm --last 4",

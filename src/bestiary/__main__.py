@@ -117,6 +117,10 @@ def _plain(boxed: str) -> str:
         else:
             parts[-1].append(line)
     what, *rest = [" ".join(part) for part in parts if part]
+    for part in rest:
+        if part.startswith("Available subcommands: "):
+            word = what.partition("options: ")[2].split(" ")[0].rstrip(",")
+            return f"{word!r} is no subcommand; need one of {part.partition(': ')[2]}, first"
     # a refusal names its field itself; of tyro's preface only the path of a part says more
     finding = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", what)
     nearest = re.findall(r"--[\w.-]+", " ".join(rest))

@@ -1,20 +1,19 @@
 """UltraMemV2 (Huang et al. 2025, arXiv 2508.18756) and the memory models it is compared with:
 decoders some of whose blocks have a memory beside the feed-forward, on the same normed input.
 
-Widths are those of the released scripts. Their norms of whole queries and keys are left out.
+Widths are those of the released scripts.
 """
 
 from dataclasses import replace
 
 from bestiary.layers.base import Layer
 from bestiary.layers.feedforward import Parallel
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.memory import MemoryPlus, MemoryTable
-from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.ultramem import UltraMem, UltraMemV2
 from bestiary.zoo.decoder import Block, Decoder
-from bestiary.zoo.llama import byte_llama, multi_head, swiglu
+from bestiary.zoo.llama import byte_llama, swiglu
+from bestiary.zoo.mixtures import olmoe
 
 
 def with_memory(model: Decoder, memory: UltraMemV2) -> Decoder:
@@ -42,15 +41,10 @@ def with_four_memories(model: Decoder, memory: Layer, first: int) -> Decoder:
 
 
 def olmo(*, num_layers: int, dim: int, num_heads: int, hidden: int, tied: bool) -> Decoder:
-    """The dense decoder that the memories are added to."""
-    norm = RMSNorm(dim=dim, eps=1e-5)
-    block = Block(mixer=multi_head(dim, num_heads), ffn=swiglu(dim, hidden), norm=norm)
-    return Decoder(
-        embedding=Embedding(vocab_size=50304, dim=dim),
-        blocks=Repeat(block=block, n=num_layers),
-        norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=50304, axes=("embed", "vocab")),
-    )
+    """The dense decoder that the memories are added to: OLMoE's with a SwiGLU."""
+    model = olmoe(num_layers, dim, num_heads, swiglu(dim, hidden))
+    # memories have initial values of their own, which one std for all matrices would replace
+    return replace(model, std=None, head=None if tied else model.head)
 
 
 def memoryplus_227m() -> Decoder:

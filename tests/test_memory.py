@@ -493,6 +493,20 @@ PUBLISHED = {  # millions active and in all; what the embedding adds to the form
 }
 
 
+def test_a_mesh_of_one_device_is_no_mesh() -> None:
+    table = jnp.ones((20, 2, 3))
+    rows, weights = jnp.arange(2 * 5 * 4).reshape(2, 5, 4) % 20, jnp.ones((2, 5, 4, 1, 2))
+
+    def loss(table: jax.Array) -> jax.Array:
+        y = sum_rows(table, rows, weights)
+        return dot_rows(table, rows, y).sum()
+
+    one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    expected = jax.grad(loss)(table)
+    with jax.set_mesh(one), use_rules(DEFAULT_RULES):
+        close(jax.jit(jax.grad(loss))(table), expected)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name: str) -> None:
     """The published totals leave embeddings out, and so do the active parameters where input and

@@ -27,10 +27,11 @@ from bestiary.train.data import Data, load, validation_batches
 from bestiary.train.experiment import Checkpoints, Evaluation, Experiment, load_experiment
 from bestiary.train.log import read_metrics
 from bestiary.train.mesh import Mesh
+from bestiary.train.placement import check
 from bestiary.train.recall import is_recall
 from bestiary.train.run import Interrupted, train
 from bestiary.train.runtime import locked, start
-from bestiary.train.tree_json import to_json
+from bestiary.train.tree_json import difference, to_json
 
 SETTINGS, RESULT = "settings.json", "result.json"
 _RECALL = "recall:facts=4096"
@@ -143,6 +144,8 @@ def run(options: Compare) -> int:
         bases[member.name].model == member.model.unrolled() for member in members
     ):
         raise ValueError(f"routing: {options.routing!r}, but no member has routers; add moe")
+    for base in bases.values():
+        check(base, base.mesh.build())
     load(data)
     settings = _claim(out, options, data)
     comparison = _Comparison(options, out, members, bases, settings)
@@ -150,7 +153,7 @@ def run(options: Compare) -> int:
         with locked(out):
             comparison.go()
     except Interrupted as stop:
-        print(f"{stop}\ncomparison so far: {out / 'comparison.md'}", file=sys.stderr)
+        print(stop, file=sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
@@ -187,21 +190,28 @@ class _Comparison:
         if "steps" not in self.settings:
             self.settings["steps"] = self.options.steps or self._calibrated()
             self._keep_settings()
-        todo = [(seed, m.name) for seed in range(self.options.seeds) for m in self.members]
-        for number, (seed, name) in enumerate(todo, 1):
-            print(f"[{number}/{len(todo)}] {name}, seed {seed}", flush=True)
+        runs = [(seed, m.name) for seed in range(self.options.seeds) for m in self.members]
+        for number, (seed, name) in enumerate(runs, 1):
+            finished = self._run_dir(name, seed) / RESULT
+            if finished.is_file():
+                self.results[name][seed] = json.loads(finished.read_text())
+                continue
+            print(f"[{number}/{len(runs)}] {name}, seed {seed}", flush=True)
             try:
-                self.results[name][seed] = self._result(name, seed)
+                self.results[name][seed] = self._made(name, seed)
+            except Interrupted:
+                raise
             except Exception as error:
-                line = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"{name}, seed {seed} failed: {line}", file=sys.stderr, flush=True)
-                self.failed[name][str(seed)] = line
-            write(self.out, self.found(), f"bestiary compare {shlex.join(sys.argv[2:])}")
+                self.failed[name][str(seed)] = _line(error)
+                print(f"{name}, seed {seed} failed: {_line(error)}", file=sys.stderr, flush=True)
+            write(self.out, self.found())
+        write(self.out, self.found())
 
     def found(self) -> Found:
         """What is known so far, fit for JSON."""
         steps, data = self.settings["steps"], self.data
         return {
+            "command": command(self.options),
             "match": self.options.match,
             "steps": steps,
             "tokens_per_step": data.batch_size * data.length,
@@ -234,12 +244,9 @@ class _Comparison:
     def _run_dir(self, name: str, seed: int) -> Path:
         return self.out / name / f"seed-{seed}"
 
-    def _result(self, name: str, seed: int) -> Found:
-        """Of a run, which is made unless it is there."""
-        run_dir = self._run_dir(name, seed)
-        if (run_dir / RESULT).is_file():
-            return json.loads((run_dir / RESULT).read_text())
-        steps = self.settings["steps"]
+    def _made(self, name: str, seed: int) -> Found:
+        """What a run shows that is made, or continued, now."""
+        run_dir, steps = self._run_dir(name, seed), self.settings["steps"]
         experiment = replace(
             self.bases[name],
             steps=steps,
@@ -286,11 +293,22 @@ class _Comparison:
                 modelled = plan(experiment, topology, name=member.name).programs[0].modelled
                 known[member.name] = modelled.overlapped.seconds if modelled else "does not fit"
             except Exception as error:
-                known[member.name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                known[member.name] = _line(error)
             self._keep_settings()
 
     def _keep_settings(self) -> None:
         _write_json(self.out / SETTINGS, self.settings)
+
+
+def command(options: Compare) -> str:
+    """The command line that these options come from."""
+    plain = Compare(members=options.members, steps=sys.maxsize)
+    flags = [
+        f"--{path.replace('_', '-')} {shlex.quote(str(value))}"
+        for path, (_, value) in difference(plain, options).items()
+        if value is not None
+    ]
+    return " ".join(["bestiary compare", options.members, *flags])
 
 
 def measure(run_dir: Path) -> Found:
@@ -345,6 +363,10 @@ def _claim(out: Path, options: Compare, data: Data) -> Found:
         raise ValueError(f"out: {options.out!r}: {error.strerror}; need a folder") from None
     _write_json(file, asked)
     return asked
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _write_json(path: Path, value: Any) -> None:

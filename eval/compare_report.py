@@ -168,8 +168,11 @@ def tables(comparison: Found) -> list[Table]:
                 ],
             )
         )
-    failures = [[m["name"], seed, text] for m in members for seed, text in m["failed"].items()]
-    return [*found, Table("Failed", ("member", "seed", "error"), failures)] if failures else found
+    failures = [[m["name"], f"seed {n}", said] for m in members for n, said in m["failed"].items()]
+    for member in members:
+        if isinstance(said := member.get("modelled_step_seconds"), str):
+            failures.append([member["name"], str(topology), said])
+    return [*found, Table("Failed", ("member", "run", "error"), failures)] if failures else found
 
 
 def _spread(found: Found | None, style: str) -> str:
@@ -189,7 +192,7 @@ def _paired(found: Found | None, style: str, scale: float = 1) -> str:
 
 def _modelled(member: Found) -> str:
     seconds = member["modelled_step_seconds"]
-    return seconds if isinstance(seconds, str) else f"{1e3 * seconds:.3f}"
+    return "-" if isinstance(seconds, str) else f"{1e3 * seconds:.3f}"
 
 
 NOTES = """\
@@ -208,11 +211,11 @@ in the worst one, and entropy of the load as a share of that of equal loads; of 
 """
 
 
-def write(out: Path, comparison: Found, command: str) -> None:
+def write(out: Path, comparison: Found) -> None:
     """Writes comparison.json, comparison.md and comparison.png into `out`, each of which appears
     whole."""
     _replace(out / "comparison.json", json.dumps(comparison, indent=2) + "\n")
-    parts = [f"# Comparison\n\n    {command}\n"]
+    parts = [f"# Comparison\n\n    {comparison['command']}\n"]
     for table in tables(comparison):
         lines = [list(table.columns), ["---"] * len(table.columns), *table.rows]
         text = "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)

@@ -68,14 +68,12 @@ class Wsm:
     def merged(self) -> tuple[Experiment, Tree]:
         run_dir = Path(self.run)
         experiment, saved = read_experiment(run_dir / EXPERIMENT), saved_steps(run_dir)
+        has = f"{self.run} has checkpoints of {', '.join(map(str, saved)) or 'no step'}"
         if missing := sorted(set(self.steps) - set(saved)):
-            raise ValueError(f"steps: {missing[0]}; {self.run} has {', '.join(map(str, saved))}")
+            raise ValueError(f"steps: {missing[0]}; {has}")
         steps = (self.steps or saved)[-(self.last or 0) :]
         if len(steps) < (self.last or 2):
-            raise ValueError(
-                f"last: {self.last}; {self.run} has checkpoints of {', '.join(map(str, steps))}; "
-                f"need {self.last or 2} of them, see checkpoints.keep"
-            )
+            raise ValueError(f"run: {has}; need {self.last or 2}, see checkpoints.keep")
         weights = self.weights or checkpoint_weights(update_weights(self.decay, steps))
         if len(weights) != len(steps):
             raise ValueError(f"weights: {weights}; need one for each of {len(steps)} checkpoints")

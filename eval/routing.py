@@ -1,16 +1,17 @@
 """Routers that are pushed off balance: what does an uneven load do to a mixture of experts?"""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from bestiary.layers.base import Array, Layer, Tree, layer
 from bestiary.layers.router import Router
-from bestiary.zoo.decoder import Decoder
 
 Routing = Literal["balanced", "zipf", "adversarial"]
+
+T = TypeVar("T", bound=Layer)
 
 
 @layer
@@ -36,8 +37,9 @@ class SkewedRouter(Router):
         return super().select(scores, params)
 
 
-def skewed(model: Decoder, routing: Routing) -> Decoder:
-    """`model` with routers of this kind; with "balanced", or without routers, as it is."""
+def skewed(model: T, routing: Routing) -> T:
+    """A model, or any layer, with routers of this kind; with "balanced", or without routers, as it
+    is."""
     if routing == "balanced":
         return model
 

@@ -26,6 +26,7 @@ from bestiary.layers.base import (
     zeros,
 )
 from bestiary.layers.blockffn import AdaptiveFactor, BlockFFN
+from bestiary.layers.depth import MixtureOfDepths
 from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
@@ -69,6 +70,7 @@ __all__ = [
     "Linear",
     "MemoryPlus",
     "MemoryTable",
+    "MixtureOfDepths",
     "MoE",
     "MoHDFFN",
     "MoHDResidual",

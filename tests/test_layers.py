@@ -44,6 +44,7 @@ from bestiary.layers import (
     Linear,
     MemoryPlus,
     MemoryTable,
+    MixtureOfDepths,
     MoE,
     MoHDFFN,
     MoHDResidual,
@@ -162,6 +163,11 @@ LAYERS: dict[str, Layer] = {
     "latent_glu": LatentGLU(dim=DIM, latent=DIM // 2, hidden=HIDDEN),
     "latent_experts": LatentExperts(
         router=Router(dim=DIM, num_experts=6, top_k=2), group_size=3, latent=4, hidden=HIDDEN
+    ),
+    "mixture_of_depths": MixtureOfDepths(
+        dim=DIM,
+        block=Block(mixer=Attention(**HEADS), ffn=POLY_NORM_MLP, norm=NORM),
+        capacity=0.6,
     ),
     "attention": ATTENTION,
     "attention_with_biases": Attention(**HEADS, bias=True, out_bias=True),

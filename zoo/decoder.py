@@ -129,8 +129,8 @@ class Decoder(Layer):
     shared: Layer | None = None
     """Parameters that all blocks use, such as one memory table; they find them in `ctx.shared`."""
     head: Linear | None = None
-    mtp: MTP | None = None
-    """A further block for training, which predicts the token after the next."""
+    mtp: Layer | None = None
+    """An `MTP`, for training: a further block, which predicts the token after the next."""
     softcap: float | None = None
     """Bounds the logits to (-c, c) by c tanh(z / c) (Gemma-2)."""
     std: float | None = None

@@ -92,6 +92,8 @@ def parse(name: str, cls: type[T], argv: Sequence[str], default: T | None = None
     import tyro
 
     heard = io.StringIO()
+    # an experiment's parts are given: their fields are flags, and no part becomes a subcommand
+    given = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     try:
         with contextlib.redirect_stderr(heard):
             return tyro.cli(  # type: ignore[return-value]
@@ -99,7 +101,7 @@ def parse(name: str, cls: type[T], argv: Sequence[str], default: T | None = None
                 prog=f"bestiary {name}",
                 args=list(argv),
                 default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.FlagConversionOff,) if default is not None else None,
+                config=None if default is None else given,
             )
     except SystemExit as stop:
         if stop.code in (0, None):

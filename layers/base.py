@@ -53,7 +53,8 @@ class Param:
     what is not a matrix (a gain, a bias, an embedding table). `active` is the share of the entries
     that one token uses. `advance` gives a state its next value once per optimiser step, from the
     dict of parameters that holds it; what a layer returns in `Aux.state` is handed from one micro-
-    batch of the step to the next.
+    batch of the step to the next. A `table` has rows [..., rows, slices, width] of which a step
+    uses few: the optimiser has options for them.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class Param:
     inputs: int | None = None
     active: float = 1.0
     advance: Callable[[Tree], Array] | None = None
+    table: bool = False
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -149,12 +151,14 @@ class Context:
 
     positions: int32 [batch, seq], restarting in every document (None: 0, 1, 2, ...).
     segment_ids: int32 [batch, seq], equal inside a document, 0 for padding (None: one document).
+    tokens: int32 [batch, seq], the ids at these places, where a `Decoder` is around the layer.
     key: PRNG key (None: deterministic).
     layer: the constants of the repeats around it; shared: parameters that all repeats use.
     """
 
     positions: Array | None = None
     segment_ids: Array | None = None
+    tokens: Array | None = None
     key: Array | None = None
     layer: dict[str, Array] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)

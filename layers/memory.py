@@ -92,7 +92,7 @@ class MemoryTable(Layer):
 
         def table(slices: int, width: int) -> Param:
             shape, axes = (self.rows, slices, width), (None, None, "memory")
-            return Param(shape, axes, normal(self.std), active=active)
+            return Param(shape, axes, normal(self.std), active=active, table=True)
 
         spec = {"values": table(self.slices, self.dim // self.slices)}
         return spec | {"pre": table(1, self.pre_dim)} if self.pre_dim else spec

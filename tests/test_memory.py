@@ -31,6 +31,11 @@ from bestiary.layers.base import flatten, params_of
 from bestiary.layers.memory import product_keys
 from bestiary.layers.rows import dot_rows, sum_rows
 from bestiary.layers.ultramem import leading
+from bestiary.train.data import Data
+from bestiary.train.experiment import Experiment
+from bestiary.train.mesh import placed
+from bestiary.train.optimizer import Optimizer, Schedule
+from bestiary.train.step import init_state, make_step
 from bestiary.zoo import load_model
 from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.llama import byte_llama, swiglu
@@ -528,6 +533,56 @@ def test_the_tiny_model_costs_what_the_dense_one_does() -> None:
     assert tiny.active_flops == pytest.approx(dense.active_flops, rel=0.01)
 
 
+# --- the optimiser --------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_of_tables_falls_to_that_of_the_rest() -> None:
+    optimizer = Optimizer(table_rate=4.0, table_rate_until=0.5)
+    scales = [float(optimizer.table_scale(jnp.int32(i), jnp.int32(40))) for i in (0, 5, 20, 39)]
+    assert scales == pytest.approx([4.0, 3.25, 1.0, 1.0])
+    assert float(Optimizer().table_scale(jnp.int32(0), jnp.int32(40))) == 1.0
+
+
+def test_tables_learn_by_rules_of_their_own() -> None:
+    """Adam's first step: entries move by the rate, rows of tables by that times 4 on average."""
+    rules = {"weight_decay": 0.0, "clip": 0.0, "eps": 1e-30}
+    experiment = Experiment(
+        model=small(),
+        data=Data(batch_size=2, length=9),
+        optimizer=Optimizer(learning_rate=0.01, table_rate=4.0, table_moments="rows", **rules),
+        schedule=Schedule(warmup=0.0),
+        steps=1000,
+    )
+    mesh = experiment.mesh.build(jax.devices()[:1])
+    ids = jax.random.randint(jax.random.key(1), (2, 10), 0, 256)
+    batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": jnp.ones((2, 9))}
+    batch |= {"positions": jnp.arange(9) + jnp.zeros((2, 1), int)}
+    batch |= {"segment_ids": jnp.ones((2, 9), jnp.int32)}
+    with placed(mesh, experiment.mesh.table):
+        before = init_state(experiment, mesh)
+        start = jax.tree.map(jnp.copy, before["params"])
+        state, _ = make_step(experiment, mesh)(before, batch, jnp.int32(1000))
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b, np.float64), state["params"], start)
+    for name, change in moved["shared"].items():
+        size = np.sqrt(np.square(change).mean((1, 2)))
+        touched = size > 0
+        assert 10 < touched.sum() < len(size)
+        np.testing.assert_allclose(size[touched], 0.04, rtol=1e-3, err_msg=name)
+    change = moved["blocks"]["ffn"]["1"]["pre"]
+    np.testing.assert_allclose(np.abs(change[change != 0]), 0.01, rtol=1e-2)
+
+
+def test_rows_of_moments_take_a_quarter_of_the_memory() -> None:
+    table = MemoryTable(rows=50, dim=16, slices=2, reads=3)
+    declared, params = table.declare(), table.init(jax.random.key(0))
+    tx = Optimizer(table_moments="rows", clip=0.0, weight_decay=0.5).build(declared)
+    opt = tx.init(params)
+    assert sum(x.nbytes for x in jax.tree.leaves(opt)) == 2 * 50 * 16 + 4 * 50 + 2 * 4
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, opt, params)
+    close(updates["values"], -0.5 * params["values"], "tables decay")
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 KEYS: dict[str, Any] = {"dim": 12, "num_heads": 2, "num_keys": 6, "key_dim": 8, "top_k": 3}
@@ -547,6 +602,15 @@ V1: dict[str, Any] = {"dim": 10, "key_dim": 4, "top_k": 3}
         (lambda: UltraMemV2(**V1, table=TABLE, share_ratio=0), "share_ratio: 0; need 0 < "),
         (lambda: UltraMemV2(**V1, table=TABLE, num_layers=4), "table.rows: 75; need a multiple"),
         (lambda: UltraMemV2(**V1 | {"top_k": 9}, table=TABLE), "top_k: 9; need at most 8"),
+        (lambda: Optimizer(table_rate=0), "optimizer.table_rate: 0; need more than 0"),
+        (
+            lambda: Optimizer(table_moments="columns"),  # type: ignore[arg-type]
+            "optimizer.table_moments: 'columns'; need one of",
+        ),
+        (
+            lambda: Optimizer(table_moments="rows", name="lion"),
+            "optimizer.table_moments: 'rows' with lion; only adamw",
+        ),
         (
             lambda: UltraMemV2(**V1, table=dataclasses.replace(TABLE, pre_dim=0)),
             "pre_dim: 0; need at least 1",

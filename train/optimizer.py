@@ -1,8 +1,9 @@
 """Optimisers and learning-rate schedules, built from a model's declaration."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
@@ -10,6 +11,7 @@ from optax import contrib
 from bestiary.layers.base import Array, Param, Tree, map_params
 
 Name = Literal["adamw", "adafactor", "lion", "muon"]
+Moments = Literal["full", "rows"]
 Decay = Literal["cosine", "linear", "wsd"]
 
 
@@ -32,11 +34,24 @@ class Optimizer:
     eps: float = 1e-8
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
+    table_rate: float = 1.0
+    """Memory tables start at this multiple of the learning rate (UltraMem: 4), which falls linearly
+    to 1 over the first `table_rate_until` of the run."""
+    table_rate_until: float = 1.0
+    table_moments: Moments = "full"
+    """AdamW only: "rows" keeps for memory tables a bfloat16 first moment and one second moment per
+    row, 2 bytes per entry and not 8."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
             raise ValueError(f"optimizer.name: {self.name!r}; need one of {get_args(Name)}")
-        for name in ("learning_rate", "eps"):
+        if self.table_moments not in get_args(Moments):
+            raise ValueError(
+                f"optimizer.table_moments: {self.table_moments!r}; need one of {get_args(Moments)}"
+            )
+        if self.table_moments == "rows" and self.name != "adamw":
+            raise ValueError(f"optimizer.table_moments: 'rows' with {self.name}; only adamw has it")
+        for name in ("learning_rate", "eps", "table_rate", "table_rate_until"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}: {getattr(self, name)}; need more than 0")
         for name in ("weight_decay", "clip"):
@@ -62,6 +77,14 @@ class Optimizer:
         wd = self.weight_decay
         if self.name == "adamw":
             tx = optax.adamw(1.0, self.b1, self.b2, self.eps, weight_decay=wd, mask=decay)
+            if self.table_moments == "rows":
+                rows = optax.chain(
+                    scale_by_row_adam(self.b1, self.b2, self.eps),
+                    optax.add_decayed_weights(wd),
+                    optax.scale(-1.0),
+                )
+                kinds = map_params(lambda p: "table" if p.table else "other", declared)
+                tx = optax.partition({"table": rows, "other": tx}, kinds)
         elif self.name == "lion":
             tx = optax.lion(1.0, self.b1, self.b2, weight_decay=wd, mask=decay)
         elif self.name == "adafactor":
@@ -85,6 +108,43 @@ class Optimizer:
                 muon_weight_dimension_numbers=map_params(_matrix, declared),
             )
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
+
+    def table_scale(self, step: Array, total: Array) -> Array:
+        """What multiplies the learning rate of memory tables (UltraMem, arXiv 2411.12364)."""
+        left = jnp.maximum(0, 1 - step / (total * self.table_rate_until))
+        return 1 + (self.table_rate - 1) * left
+
+
+def scale_by_row_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam for tables [..., rows, slices, width]: the second moment is the mean over a row, the
+    first is stored in bfloat16."""
+
+    def init(params: Tree) -> optax.ScaleByAdamState:
+        mu = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
+        nu = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-2], 1, 1)), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def update(updates: Tree, state: Any, params: Any = None) -> tuple[Tree, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+
+        def first(m: Array, g: Array) -> Array:
+            return b1 * m.astype(jnp.float32) + (1 - b1) * g
+
+        def second(v: Array, g: Array) -> Array:
+            square = jnp.square(g.astype(jnp.float32)).mean((-2, -1), keepdims=True)
+            return b2 * v + (1 - b2) * square
+
+        mu = jax.tree.map(first, state.mu, updates)
+        nu = jax.tree.map(second, state.nu, updates)
+
+        def scaled(m: Array, v: Array) -> Array:
+            return m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+
+        stored = jax.tree.map(lambda m: m.astype(jnp.bfloat16), mu)
+        return jax.tree.map(scaled, mu, nu), optax.ScaleByAdamState(count, stored, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.sharding as js
 import optax
 
-from bestiary.layers.base import Array, Tree, advance, is_param, map_params, update
+from bestiary.layers.base import Array, Param, Tree, advance, is_param, map_params, update
 from bestiary.layers.sharding import pspec
 from bestiary.train.mesh import placed
 from bestiary.train.objective import token_losses
@@ -106,13 +106,19 @@ def make_step(
     ruins them, and a state whose `bad` is not -1 must not be saved.
     """
     tx, declared = _transformation(experiment), experiment.model.declare()
+    trained, _ = split(declared, declared)
 
     def step(state: State, batch: dict, total: Array) -> tuple[State, dict]:
         gradient, report, frozen = _gradient(experiment, state, batch)
         norm = optax.tree.norm(gradient)
         updates, opt = tx.update(gradient, state["opt"], state["params"])
         rate = experiment.optimizer.learning_rate * experiment.schedule(state["step"], total)
-        params = jax.tree.map(lambda p, u: (p + rate * u).astype(p.dtype), state["params"], updates)
+        table_rate = rate * experiment.optimizer.table_scale(state["step"], total)
+
+        def moved(p: Param, value: Array, direction: Array) -> Array:
+            return (value + (table_rate if p.table else rate) * direction).astype(value.dtype)
+
+        params = jax.tree.map(moved, trained, state["params"], updates, is_leaf=is_param)
         _, frozen = split(declared, advance(declared, merge(params, frozen)))
         new = {"params": params, "frozen": frozen, "opt": opt}
         finite = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)

@@ -1,17 +1,15 @@
 """Weights in and out of Hugging Face folders: `config.json` and safetensors files.
 
 Tensors are streamed one by one, without torch or transformers: the host holds one stacked parameter
-at a time. `zoo/hf_families.py` declares what corresponds to what.
+at a time (the parts of one tensor together). The families declare what corresponds to what.
 """
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
@@ -25,24 +23,55 @@ from bestiary.layers.attention import Attention
 from bestiary.layers.base import DTypeName, Param, Precision, Tree, flatten, is_param
 from bestiary.layers.feedforward import GLU
 from bestiary.layers.linear import Embedding, Linear
-from bestiary.layers.repeat import Chain, Repeat
+from bestiary.layers.mla import MLA
+from bestiary.layers.moe import MoE
+from bestiary.layers.repeat import Repeat
+from bestiary.layers.router import Router
 from bestiary.zoo import shards
 from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.hf_config import Fields
-from bestiary.zoo.hf_families import FAMILIES, Family
+from bestiary.zoo.hf_deepseek import DEEPSEEK
+from bestiary.zoo.hf_dense import GEMMA2, LLAMA
+from bestiary.zoo.hf_families import Family
+from bestiary.zoo.hf_ling import BAILING
+from bestiary.zoo.hf_mixtures import MIXTRAL, OLMOE
+from bestiary.zoo.hf_tensors import (
+    MTP_BLOCK,
+    Tensor,
+    family_tensors,
+    layers_of,
+    stored_params,
+)
 
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, GEMMA2, OLMOE, MIXTRAL, DEEPSEEK, BAILING)
+}
 # older checkpoints store what the configuration says
 _REDUNDANT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # fields that say how a model is trained or run, not what it computes
 _UNTOLD = {
     (Attention, "out_gain"),
     (Decoder, "precision"),
+    (Decoder, "std"),
     (Embedding, "std"),
     (GLU, "out_gain"),
     (Linear, "axes"),
     (Linear, "gain"),
+    (MLA, "out_gain"),
+    (MoE, "path"),
     (Repeat, "remat"),
     (Repeat, "unroll"),
+    (Router, "balance"),
+    (Router, "balance_groups"),
+    (Router, "balance_over"),
+    (Router, "bias"),  # which rule moves it; whether there is one, the tensors tell
+    (Router, "bias_rate"),
+    (Router, "gradient_scale"),
+    (Router, "precision"),
+    (Router, "std"),
+    (Router, "top1_balance"),
+    (Router, "top1_temperature"),
+    (Router, "z_loss"),
 }
 
 
@@ -128,11 +157,11 @@ def write(
             raise ValueError(f"params: {path}: shape {leaves[path].shape}; need {param.shape}")
 
     def arrays() -> Iterator[np.ndarray]:
-        for path, tensors in groupby(tensors_of(model), lambda tensor: tensor.path):
-            # a copy, because an array keeps every host value it once gave
-            stacked = np.asarray(leaves[path].copy())
+        for paths, tensors in groupby(tensors_of(model), lambda tensor: tensor.paths):
+            # copies, because an array keeps every host value it once gave
+            stacked = [np.asarray(leaves[path].copy()) for path in paths]
             for tensor in tensors:
-                yield _cast(tensor.name, tensor.view(stacked), tensor.param.dtype)
+                yield _cast(tensor.name, tensor.join(stacked), tensor.dtype)
 
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
@@ -142,7 +171,7 @@ def write(
     try:
         text = json.dumps(config | tokens | extra, indent=2)
         (partial / "config.json").write_text(text + "\n")
-        layout = {t.name: (t.shape, np.dtype(t.param.dtype)) for t in tensors_of(model)}
+        layout = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors_of(model)}
         shards.write_tensors(partial, layout, arrays(), shard_bytes)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / "tokenizer.json")
@@ -162,15 +191,19 @@ def params_from_tensors(
     """
     tensors: dict[str, list[Tensor]] = {}
     for tensor in tensors_of(model):
-        tensors.setdefault(tensor.path, []).append(tensor)
+        for path in tensor.paths:
+            tensors.setdefault(path, []).append(tensor)
 
-    def gather(path: tuple, param: Param) -> jax.Array:
-        stacked = np.empty(param.shape, param.dtype)
-        for tensor in tensors[jax.tree_util.keystr(path, simple=True, separator="/")]:
+    def gather(keys: tuple, param: Param) -> jax.Array:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        stacked = np.zeros(param.shape, param.dtype)
+        for tensor in tensors.get(path, ()):
             value = get(tensor.name)
             if value.shape != tensor.shape:
                 raise ValueError(f"{tensor.name}: shape {value.shape}; need {tensor.shape}")
-            tensor.view(stacked)[...] = _cast(tensor.name, value, stacked.dtype)
+            tensor.part(path, stacked)[...] = _cast(
+                tensor.name, tensor.part_of(path, value), stacked.dtype
+            )
         sharding = param.abstract(mesh).sharding
         if sharding is None:
             return jnp.asarray(stacked)
@@ -182,46 +215,15 @@ def params_from_tensors(
 def tensors_from_params(model: Decoder, params: Tree) -> dict[str, np.ndarray]:
     """All tensors by Hugging Face name, in the types of `params`; gradients do as well."""
     leaves = dict(flatten(params))
-    return {t.name: np.array(t.view(np.asarray(leaves[t.path]))) for t in tensors_of(model)}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a folder and its place in the parameters."""
-
-    name: str
-    path: str
-    """Of the parameter that holds it."""
-    index: tuple[int, ...]
-    """On the parameter's leading stacked axes."""
-    param: Param
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """In torch's layout: matrices are [outputs, inputs]."""
-        shape, inputs = self.param.shape[len(self.index) :], self.param.inputs
-        if inputs is None:
-            return shape
-        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-
-    def view(self, stacked: np.ndarray) -> np.ndarray:
-        """The tensor inside the parameter: read from it, or assign to it."""
-        part = stacked[(*self.index, ...)]
-        return part if self.param.inputs is None else part.reshape(self.shape[::-1]).T
+    return {
+        tensor.name: np.array(tensor.join([np.asarray(leaves[path]) for path in tensor.paths]))
+        for tensor in tensors_of(model)
+    }
 
 
 def tensors_of(model: Decoder) -> Iterator[Tensor]:
-    """Every tensor of the model's folder, ordered by parameter."""
-    family, _ = _express(model)
-    block = model.stacks[0].block
-    period = len(block.layers) if isinstance(block, Chain) else 1
-    for path, param in flatten(model.declare()):
-        position = re.match(r"blocks/(\d+)/", path)
-        name = family.names[re.sub(r"^blocks/\d+/", "blocks/", path)]
-        for index in np.ndindex(param.shape[: param.batch_ndim]):
-            offset = int(position[1]) if position else 0
-            numbers = (index[0] * period + offset, *index[1:]) if index else ()
-            yield Tensor(name.format(*numbers), path, index, param)
+    """Every tensor of the model's folder, parameter by parameter."""
+    return family_tensors(_express(model)[0], model)
 
 
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
@@ -248,15 +250,20 @@ def _compare(
         if name in wanted:
             tensor.check(wanted[name])
         elif not _REDUNDANT.fullmatch(name):
-            _check_tied(model, stored, name)
+            _check_surplus(model, stored, name)
 
 
-def _check_tied(model: Decoder, stored: Mapping[str, shards.Stored], name: str) -> None:
-    """A tensor beside the declared ones may only repeat the embedding as the tied head."""
-    names = _express(model)[0].names
+def _check_surplus(model: Decoder, stored: Mapping[str, shards.Stored], name: str) -> None:
+    """A tensor beside the declared ones may only repeat the embedding as the tied head, or be what
+    the family leaves unread."""
+    family, _ = _express(model)
+    after = layers_of(model)[MTP_BLOCK][0]
+    if family.unread and name.startswith(family.unread.format(after)):
+        return
+    names = family.names(model)
     if model.head is not None or name != names["head/weight"]:
         raise ValueError(f"{stored[name].file}: {name!r}: unexpected; the model has no such tensor")
-    if not np.array_equal(stored[name].read(), stored[names["embedding/table"]].read()):
+    if not np.array_equal(stored[name].read(), stored[str(names["embedding/table"])].read()):
         raise ValueError(
             f"{stored[name].file}: {name}: differs from {names['embedding/table']}; "
             "need equal tensors or tie_word_embeddings false"
@@ -274,8 +281,11 @@ def _express(model: Decoder) -> tuple[Family, dict[str, Any]]:
                 "torch_dtype": model.precision.params,
                 **family.config(model),
             }
-            if difference := _difference(model, model_from_config(config)):
+            read = model_from_config(config)
+            if difference := _difference(model, read):
                 raise ValueError(difference)
+            if missing := stored_params(family, read).keys() - stored_params(family, model).keys():
+                raise ValueError(f"{min(name for name, _ in missing)}: no parameter stores it")
             return family, config
         except ValueError as error:
             reasons.append(f"{family.model_type} ({error})")

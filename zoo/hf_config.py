@@ -23,11 +23,15 @@ class Fields:
     def wrong(self, name: str, need: str) -> ValueError:
         return ValueError(f"{self.where}: {name}: {self.entries.get(name)!r}; need {need}")
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = or_default(self.entries.get(name), default)
-        if type(value) is not int or not 0 < value < 2**31:
-            raise self.wrong(name, "a positive integer")
+        if type(value) is not int or not least <= value < 2**31:
+            raise self.wrong(name, "a positive integer" if least == 1 else f"{least} or more")
         return value
+
+    def integer_or_none(self, name: str, default: int | None) -> int | None:
+        """Here null is not absent: it says that there is none."""
+        return None if self.entries.get(name, default) is None else self.integer(name, default)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = or_default(self.entries.get(name), default)
@@ -78,9 +82,14 @@ SCALINGS: dict[str, tuple[type[ropes.Scaling], dict[str, str]] | None] = {
 }
 
 
-def rope_from_fields(f: Fields) -> Rope:
-    """`rope_theta` with `rope_scaling` (transformers 4) or all in `rope_parameters` (5)."""
-    f.fixed(partial_rotary_factor=1.0, original_max_position_embeddings=None)
+def rope_from_fields(f: Fields, theta: float = 10000.0, partial: bool = False) -> Rope:
+    """`rope_theta` with `rope_scaling` (transformers 4) or all in `rope_parameters` (5).
+
+    `theta` is the family's default; `partial` says that it may rotate a part of the channels.
+    """
+    f.fixed(original_max_position_embeddings=None)
+    if not partial:
+        f.fixed(partial_rotary_factor=1.0)
     name = "rope_scaling" if f.entries.get("rope_scaling") else "rope_parameters"
     entries = or_default(f.entries.get(name), {})
     if not isinstance(entries, dict) or any(isinstance(v, dict) for v in entries.values()):
@@ -88,11 +97,17 @@ def rope_from_fields(f: Fields) -> Rope:
     entries = {entry: value for entry, value in entries.items() if value is not None}
     given = {
         "rope_theta": f.entries.get("rope_theta"),
+        "partial_rotary_factor": f.entries.get("partial_rotary_factor"),
         "original_max_position_embeddings": f.entries.get("max_position_embeddings"),
         **entries,
     }
     r = Fields(given, f"{f.where}: {name}")
-    r.fixed(partial_rotary_factor=1.0, truncate=True)
+    r.fixed(truncate=True)
+    if not partial:
+        r.fixed(partial_rotary_factor=1.0)
+    fraction = r.number("partial_rotary_factor", 1.0)
+    if fraction > 1:
+        raise r.wrong("partial_rotary_factor", "at most 1")
     kind = "rope_type" if "rope_type" in given else "type"
     scaling, names = r.choice(kind, SCALINGS, "default") or (None, {})
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
@@ -104,7 +119,11 @@ def rope_from_fields(f: Fields) -> Rope:
             values[field] = r.integer(entry)
         elif field == "factor" or entry in given:
             values[field] = r.number(entry)
-    rope = Rope(theta=r.number("rope_theta", 10000.0), scaling=scaling and scaling(**values))
+    rope = Rope(
+        theta=r.number("rope_theta", theta),
+        fraction=fraction,
+        scaling=scaling and scaling(**values),
+    )
     if isinstance(s := rope.scaling, ropes.Llama3) and s.low_factor >= s.high_factor:
         raise r.wrong("low_freq_factor", f"less than high_freq_factor {s.high_factor}")
     return rope

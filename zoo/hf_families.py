@@ -1,10 +1,9 @@
-"""Model families as Hugging Face folders describe them: one declaration each, used both ways.
+"""What a Hugging Face family declares, once for both ways, and what families have in common.
 
 A family says which entries of `config.json` make which `Decoder` and how the tensor of each
 parameter is called. `zoo/hf.py` does everything else from that.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,12 +13,9 @@ from bestiary.layers.attention import Attention
 from bestiary.layers.base import Layer
 from bestiary.layers.feedforward import GLU
 from bestiary.layers.norms import RMSNorm
-from bestiary.layers.repeat import Chain
 from bestiary.layers.rope import Rope
-from bestiary.zoo.decoder import Block, Decoder
-from bestiary.zoo.gemma2 import gemma2
-from bestiary.zoo.hf_config import Fields, rope_entries, rope_from_fields
-from bestiary.zoo.llama import llama
+from bestiary.zoo.decoder import Decoder
+from bestiary.zoo.hf_config import Fields, rope_entries
 
 T = TypeVar("T")
 
@@ -30,9 +26,15 @@ class Family:
 
     model_type: str
     architecture: str
-    names: Mapping[str, str]
+    names: Callable[[Decoder], Mapping[str, str | None]]
     """Parameter path -> tensor name; `{}` stand for the layer, then for other stacked axes.
-    A path leaves out the position in a `Chain`: the layer's number says it."""
+    A path leaves out its place in a `Chain`, and begins with "blocks" in the block of `Decoder.mtp`
+    too, which counts as the layer after the last. Parameters of one name are joined along their
+    outputs, in this order. None: a state that is not stored, and 0 when read."""
+    by_head: tuple[str, ...] = ()
+    """Names whose parameters are joined within every head."""
+    unread: str | None = None
+    """How the names of tensors begin that no parameter stores; `{}` is the layer after the last."""
     decoder: Callable[[Fields], Decoder]
     config: Callable[[Decoder], dict[str, Any]]
     """Entries that `decoder` turns into this model, if any do: `zoo/hf.py` checks that."""
@@ -63,150 +65,76 @@ BLOCK_NAMES = {
     "head/weight": "lm_head.weight",
 }
 
-ALTERNATING = ["sliding_attention", "full_attention"]
 
-
-def llama_decoder(f: Fields) -> Decoder:
-    f.fixed(attention_bias=False, mlp_bias=False)
-    dim, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
-    if f.entries.get("head_dim") is None and dim % heads:
-        raise f.wrong("hidden_size", f"a multiple of num_attention_heads {heads}")
-    return llama(
-        vocab_size=f.integer("vocab_size"),
-        num_layers=f.integer("num_hidden_layers"),
-        attention=grouped_attention(f, num_kv_heads=heads, head_dim=dim // heads),
-        ffn=gated(f, "hidden_act", "silu"),
-        eps=f.number("rms_norm_eps", 1e-6),
-        tied=f.choice("tie_word_embeddings", {True: True, False: False}, False),
-    )
-
-
-def llama_config(model: Decoder) -> dict[str, Any]:
-    return block_config(model, part(model, "blocks.block", Block), "hidden_act")
-
-
-LLAMA = Family(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    names=BLOCK_NAMES
-    | {"blocks/ffn_norm/weight": "model.layers.{}.post_attention_layernorm.weight"},
-    decoder=llama_decoder,
-    config=llama_config,
-)
-
-
-def gemma2_decoder(f: Fields) -> Decoder:
-    f.fixed(attention_bias=False, tie_word_embeddings=True, use_bidirectional_attention=False)
-    layers = f.integer("num_hidden_layers")
-    if layers % 2:
-        raise f.wrong("num_hidden_layers", "an even number: windows alternate")
-    types = f.entries.get("layer_types")
-    # lengths first: a wrong number of layers must not build a list as long
-    if types is not None and (
-        not isinstance(types, list) or len(types) != layers or types != ALTERNATING * (layers // 2)
-    ):
-        raise f.wrong("layer_types", f"{ALTERNATING} {layers // 2} times")
-    attention = grouped_attention(f, num_kv_heads=4, head_dim=256)
-    scalar = f.number("query_pre_attn_scalar", 256)
-    return gemma2(
-        vocab_size=f.integer("vocab_size"),
-        num_layers=layers,
-        attention=dataclasses.replace(
-            attention,
-            softcap=f.number_or_none("attn_logit_softcapping", 50.0),
-            scale=None if scalar == attention.head_dim else scalar**-0.5,
-        ),
-        ffn=gated(f, "hidden_activation", "gelu_pytorch_tanh"),
-        window=f.integer("sliding_window", 4096),
-        softcap=f.number_or_none("final_logit_softcapping", 30.0),
-        eps=f.number("rms_norm_eps", 1e-6),
-    )
-
-
-def gemma2_config(model: Decoder) -> dict[str, Any]:
-    part(model, "blocks.block", Chain)
-    block = part(model, "blocks.block.layers.0", Block)
-    config = block_config(model, block, "hidden_activation")
-    attention = part(block, "mixer", Attention)
-    scale = attention.scale
-    return config | {
-        "num_hidden_layers": 2 * model.stacks[0].n,
-        "sliding_window": attention.window,
-        "layer_types": ALTERNATING * model.stacks[0].n,
-        "attn_logit_softcapping": attention.softcap,
-        "final_logit_softcapping": model.softcap,
-        "query_pre_attn_scalar": attention.head_dim if scale is None else round(scale**-2),
-    }
-
-
-GEMMA2 = Family(
-    model_type="gemma2",
-    architecture="Gemma2ForCausalLM",
-    names=BLOCK_NAMES
-    | {
-        "blocks/mixer_post_norm/weight": "model.layers.{}.post_attention_layernorm.weight",
-        "blocks/ffn_norm/weight": "model.layers.{}.pre_feedforward_layernorm.weight",
-        "blocks/ffn_post_norm/weight": "model.layers.{}.post_feedforward_layernorm.weight",
-    },
-    decoder=gemma2_decoder,
-    config=gemma2_config,
-)
-
-FAMILIES = {family.model_type: family for family in (LLAMA, GEMMA2)}
-
-
-def grouped_attention(f: Fields, num_kv_heads: int, head_dim: int) -> Attention:
-    """The entries' attention; arguments are the family's defaults."""
+def grouped_attention(f: Fields, num_kv_heads: int, head_dim: int, rope: Rope) -> Attention:
+    """The entries' attention; numbers are the family's defaults."""
     heads = f.integer("num_attention_heads")
     num_kv_heads = f.integer("num_key_value_heads", num_kv_heads)
     head_dim = f.integer("head_dim", head_dim)
     if heads % num_kv_heads:
         raise f.wrong("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
-    if head_dim % 2:
-        raise f.wrong("head_dim", f"an even number to rotate, not {head_dim}")
+    rotated = int(head_dim * rope.fraction)
+    if rotated % 2 or not rotated:
+        raise f.wrong("head_dim", f"an even number to rotate, not {rotated}")
     return Attention(
         dim=f.integer("hidden_size"),
         num_heads=heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rope=rope_from_fields(f),
+        rope=rope,
     )
 
 
-def gated(f: Fields, activation: str, default: str) -> GLU:
+def heads_that_divide(f: Fields) -> int:
+    """num_attention_heads, by which the width is split where no head_dim is given."""
+    dim, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
+    if f.entries.get("head_dim") is None and dim % heads:
+        raise f.wrong("hidden_size", f"a multiple of num_attention_heads {heads}")
+    return heads
+
+
+def gated(f: Fields, activation: str, default: str, hidden: str = "intermediate_size") -> GLU:
     return GLU(
         dim=f.integer("hidden_size"),
-        hidden=f.integer("intermediate_size"),
+        hidden=f.integer(hidden),
         activation=f.choice(activation, ACTIVATIONS, default),
     )
 
 
-def block_config(model: Decoder, block: Block, activation: str) -> dict[str, Any]:
-    """The entries that all families with these blocks share."""
-    attention, ffn = part(block, "mixer", Attention), part(block, "ffn", GLU)
-    names = [name for name, function in ACTIVATIONS.items() if function == ffn.activation]
-    if not names:
-        raise ValueError(f"ffn.activation: {type(ffn.activation).__name__} has no name there")
+def decoder_config(model: Decoder) -> dict[str, Any]:
+    """The entries of everything but the blocks."""
     return {
         "vocab_size": model.vocab_size,
-        "hidden_size": attention.dim,
-        "intermediate_size": ffn.hidden,
-        "num_hidden_layers": model.stacks[0].n,
+        "hidden_size": model.embedding.dim,
+        "num_hidden_layers": sum(stack.n for stack in model.stacks),
+        "rms_norm_eps": part(model, "norm", RMSNorm).eps,
+        "tie_word_embeddings": model.head is None,
+    }
+
+
+def attention_config(attention: Attention) -> dict[str, Any]:
+    return {
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
-        activation: names[0],
-        "rms_norm_eps": part(model, "norm", RMSNorm).eps,
-        "tie_word_embeddings": model.head is None,
         "attention_bias": False,
         **rope_entries(part(attention, "rope", Rope)),
     }
+
+
+def activation_name(ffn: GLU) -> str:
+    names = [name for name, function in ACTIVATIONS.items() if function == ffn.activation]
+    if not names:
+        raise ValueError(f"ffn.activation: {type(ffn.activation).__name__} has no name there")
+    return names[0]
 
 
 def part(whole: Any, path: str, kind: type[T]) -> T:
     """What stands at a dotted path; ValueError unless it is exactly a `kind`."""
     x = whole
     for name in path.split("."):
+        if not name.isdigit() and not hasattr(x, name):
+            raise ValueError(f"{path}: {type(x).__name__} has no {name}")
         x = x[int(name)] if name.isdigit() else getattr(x, name)
     if type(x) is not kind:
         raise ValueError(f"{path}: {type(x).__name__}, not {kind.__name__}")

@@ -1,0 +1,194 @@
+"""DeepSeek-V3 (latent attention, leading dense layers, mixtures with a selection bias)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from bestiary.layers.feedforward import GLU
+from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.mla import MLA
+from bestiary.layers.moe import MoE
+from bestiary.layers.norms import RMSNorm
+from bestiary.layers.repeat import Chain, Repeat
+from bestiary.layers.rope import Yarn
+from bestiary.layers.router import Router
+from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.hf_config import Fields, rope_entries, rope_from_fields
+from bestiary.zoo.hf_families import (
+    Family,
+    activation_name,
+    decoder_config,
+    gated,
+    part,
+)
+from bestiary.zoo.hf_mixtures import (
+    BOOLEAN,
+    LAYER,
+    MIXTURE_NAMES,
+    dense_of,
+    dense_then_routed,
+    experts_of,
+    groups_of,
+    routed,
+)
+
+
+def deepseek_decoder(f: Fields) -> Decoder:
+    f.fixed(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    dim = f.integer("hidden_size")
+    norm = RMSNorm(dim=dim, eps=f.number("rms_norm_eps", 1e-6))
+    num_experts, top_k = experts_of(f, "n_routed_experts", 256, 8)
+    num_groups, top_groups = groups_of(f, num_experts, top_k)
+    normalize = f.choice("norm_topk_prob", BOOLEAN, True)
+    if normalize and top_k == 1:
+        raise f.wrong("num_experts_per_tok", "2 or more with norm_topk_prob")
+    router = Router(
+        dim=dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        score="sigmoid",
+        normalize=normalize,
+        scale=f.number("routed_scaling_factor", 2.5),
+        num_groups=num_groups,
+        top_groups=top_groups,
+        bias="sign",
+    )
+    expert = gated(f, "hidden_act", "silu", "moe_intermediate_size")
+    shared = replace(expert, hidden=expert.hidden * f.integer("n_shared_experts", 1))
+    mixer = latent_attention(f)
+    num_dense = dense_of(f, 3)
+    ffns = (
+        (gated(f, "hidden_act", "silu"), num_dense),
+        (
+            MoE(router=router, expert=expert, shared=shared),
+            f.integer("num_hidden_layers") - num_dense,
+        ),
+    )
+    stacks = tuple(
+        Repeat(block=Block(mixer=mixer, ffn=ffn, norm=norm), n=n) for ffn, n in ffns if n
+    )
+    vocab_size, tied = f.integer("vocab_size"), f.choice("tie_word_embeddings", BOOLEAN, False)
+    return Decoder(
+        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+        blocks=Chain(layers=stacks) if num_dense else stacks[0],
+        norm=norm,
+        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+    )
+
+
+def latent_attention(f: Fields) -> MLA:
+    heads = f.integer("num_attention_heads")
+    f.fixed(num_key_value_heads=heads)
+    nope_dim, rope_dim = f.integer("qk_nope_head_dim", 128), f.integer("qk_rope_head_dim", 64)
+    if rope_dim % 2:
+        raise f.wrong("qk_rope_head_dim", "an even number")
+    f, factor = without_mscale(f)
+    rope = rope_from_fields(f)
+    return MLA(
+        dim=f.integer("hidden_size"),
+        num_heads=heads,
+        kv_rank=f.integer("kv_lora_rank", 512),
+        q_rank=f.integer_or_none("q_lora_rank", 1536),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        value_dim=f.integer("v_head_dim", 128),
+        bias=f.choice("attention_bias", BOOLEAN, False),
+        rope=replace(rope, interleaved=f.choice("rope_interleave", BOOLEAN, True)),
+        scale=None if factor == 1 else (nope_dim + rope_dim) ** -0.5 * factor**2,
+    )
+
+
+def without_mscale(f: Fields) -> tuple[Fields, float]:
+    """YaRN's `mscale` and `mscale_all_dim` as the `attention_factor` that they stand for, and the
+    factor by which the second one scales queries and keys, both."""
+    name = "rope_scaling" if f.entries.get("rope_scaling") else "rope_parameters"
+    entries = f.entries.get(name)
+    if not isinstance(entries, dict) or "yarn" not in (
+        entries.get("rope_type"),
+        entries.get("type"),
+    ):
+        return f, 1.0
+    r = Fields(entries, f"{f.where}: {name}")
+    rest = {k: v for k, v in entries.items() if k not in ("mscale", "mscale_all_dim")}
+    scales = {k: r.number(k) for k in ("mscale", "mscale_all_dim") if entries.get(k)}
+    factors = {k: mscale(r.number("factor"), scale) for k, scale in scales.items()}
+    if len(factors) == 2 and rest.get("attention_factor") is None:
+        rest["attention_factor"] = factors["mscale"] / factors["mscale_all_dim"]
+    return Fields({**f.entries, name: rest}, f.where), factors.get("mscale_all_dim", 1.0)
+
+
+def mscale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def latent_config(mixer: MLA) -> dict[str, Any]:
+    entries = rope_entries(mixer.rope)
+    if mixer.scale is not None and isinstance(yarn := mixer.rope.scaling, Yarn):
+        # the inverse of what reading does
+        factor = math.sqrt(mixer.scale * math.sqrt(mixer.query_dim))
+        scale = (factor - 1) / (mscale(yarn.factor, 1) - 1)
+        entries["rope_scaling"]["mscale_all_dim"] = round(scale, 9)
+    return {
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_heads,
+        "kv_lora_rank": mixer.kv_rank,
+        "q_lora_rank": mixer.q_rank,
+        "qk_nope_head_dim": mixer.nope_dim,
+        "qk_rope_head_dim": mixer.rope_dim,
+        "v_head_dim": mixer.value_dim,
+        "attention_bias": mixer.bias,
+        "rope_interleave": mixer.rope.interleaved,
+        **entries,
+    }
+
+
+def deepseek_config(model: Decoder) -> dict[str, Any]:
+    num_dense, dense, block = dense_then_routed(model)
+    router, expert = routed(block)
+    shared = part(block, "ffn.shared", GLU)
+    return {
+        **decoder_config(model),
+        **latent_config(part(block, "mixer", MLA)),
+        "hidden_act": activation_name(expert),
+        "intermediate_size": dense.hidden,
+        "moe_intermediate_size": expert.hidden,
+        "first_k_dense_replace": num_dense,
+        "n_routed_experts": router.num_experts,
+        "n_shared_experts": shared.hidden // expert.hidden,
+        "num_experts_per_tok": router.top_k,
+        "norm_topk_prob": router.normalize,
+        "routed_scaling_factor": router.scale,
+        "n_group": router.num_groups,
+        "topk_group": router.top_groups,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def deepseek_names(model: Decoder) -> Mapping[str, str | None]:
+    direct = part(model.stacks[-1], "block.mixer", MLA).q_rank is None
+    attention = f"{LAYER}self_attn."
+    return MIXTURE_NAMES | {
+        "blocks/mixer/query": f"{attention}{'q_proj' if direct else 'q_b_proj'}.weight",
+        "blocks/mixer/query_down": f"{attention}q_a_proj.weight",
+        "blocks/mixer/query_down_bias": f"{attention}q_a_proj.bias",
+        "blocks/mixer/query_norm/weight": f"{attention}q_a_layernorm.weight",
+        "blocks/mixer/kv_down": f"{attention}kv_a_proj_with_mqa.weight",
+        "blocks/mixer/kv_down_bias": f"{attention}kv_a_proj_with_mqa.bias",
+        "blocks/mixer/kv_norm/weight": f"{attention}kv_a_layernorm.weight",
+        "blocks/mixer/key": f"{attention}kv_b_proj.weight",
+        "blocks/mixer/value": f"{attention}kv_b_proj.weight",
+        "blocks/mixer/out_bias": f"{attention}o_proj.bias",
+        "blocks/ffn/router/bias": f"{LAYER}mlp.gate.e_score_correction_bias",
+    }
+
+
+DEEPSEEK = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    names=deepseek_names,
+    by_head=(f"{LAYER}self_attn.kv_b_proj.weight",),
+    unread=LAYER,  # multi-token prediction, which transformers leaves out as well
+    decoder=deepseek_decoder,
+    config=deepseek_config,
+)

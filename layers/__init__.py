@@ -27,6 +27,7 @@ from bestiary.layers.base import (
 )
 from bestiary.layers.blockffn import AdaptiveFactor, BlockFFN
 from bestiary.layers.depth import MixtureOfDepths
+from bestiary.layers.engram import Engram
 from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
@@ -59,6 +60,7 @@ __all__ = [
     "Cost",
     "Count",
     "Embedding",
+    "Engram",
     "Fusion",
     "GaussianGLU",
     "Gelu",

@@ -237,7 +237,7 @@ class Decoder(Layer):
         """
         x = self.embedding.apply(params["embedding"], tokens, self.precision.compute)
         x = shard(x, *STREAM)
-        ctx = replace(ctx, shared=ctx.shared | params.get("shared", {}))
+        ctx = replace(ctx, tokens=tokens, shared=ctx.shared | params.get("shared", {}))
         if cache is None:
             x, _, aux = self.blocks.apply(params["blocks"], x, ctx)
         else:
@@ -257,7 +257,7 @@ class Decoder(Layer):
         further, by `mtp`."""
         assert self.mtp is not None
         following = self.embedding.apply(params["embedding"], tokens, self.precision.compute)
-        ctx = replace(ctx, shared=ctx.shared | params.get("shared", {}))
+        ctx = replace(ctx, tokens=tokens, shared=ctx.shared | params.get("shared", {}))
         x, aux = self.mtp.apply(params["mtp"], x, following, ctx)
         return x, Aux.join(mtp=aux)
 

@@ -106,9 +106,9 @@ def _sharded(local: Callable[..., Array], out: str, **arrays: Array) -> Array:
     `columns` are the mesh axes to sum over where those are summed."""
     whole = partial(local, tokens=(), columns=())
     claimed = pspec("memory", "batch", "seq")  # the columns claim their axes first
-    if claimed is None or jax.sharding.get_abstract_mesh().size == 1:
+    if claimed is None:
         return whole(**arrays)
-    memory, batch, seq = claimed
+    memory, batch, seq = map(_names, claimed)
     specs = {
         "table": P(None, None, memory),
         "rows": P(batch, seq),
@@ -117,16 +117,18 @@ def _sharded(local: Callable[..., Array], out: str, **arrays: Array) -> Array:
     }
     if any(why_not_sharded(a.shape, specs[name], ()) for name, a in arrays.items()):
         return whole(**arrays)
-    tokens, columns = _names(batch) + _names(seq), _names(memory)
 
     def run(*values: Array) -> Array:
-        return local(*values, tokens=tokens, columns=columns)
+        return local(*values, tokens=batch + seq, columns=memory)
 
     return on_shards(run, [specs[name] for name in arrays], specs[out])(*arrays.values())
 
 
 def _names(entry: Any) -> Names:
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    """The mesh axes of a spec's entry that have several devices."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(name for name in names if shape[name] > 1)
 
 
 Saved = tuple[Array, Array, Array]

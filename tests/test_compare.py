@@ -95,7 +95,7 @@ def test_adversarial_routing_sends_all_tokens_to_the_same_experts(score: Any) ->
 def test_adversarial_routing_drops_all_beyond_one_capacity() -> None:
     moe = skewed(switch_ffn(128, 24, 8), "adversarial")
     x = jax.random.normal(jax.random.key(1), (3, 64, 128))
-    _, aux = moe.apply(moe.init(jax.random.key(0)), x)
+    _, aux = jax.jit(moe.apply)(moe.init(jax.random.key(0)), x)
     # 192 tokens want one expert, which takes ceil(192 / 8 * 1.25)
     assert float(aux.metrics["router"]["dropped"]) == pytest.approx(1 - 30 / 192)
 
@@ -201,26 +201,25 @@ def test_stopped_goes_on_and_a_failing_member_is_reported(
         made.append((name, experiment.seed))
         if name == "switch":
             raise FloatingPointError("step 1: loss or gradient\nis not finite")
-        if len(made) == 2:
+        if len(made) == 1:
             raise Interrupted(15, "stopped by SIGTERM")
         return real(experiment, name)
 
     monkeypatch.setattr(compare, "train", train)
     monkeypatch.setattr(run, "_sample", lambda *a: None)
-    command = words("dense,polycom,switch", text, out, "--steps", "2", "--seeds", "1")
+    command = words("dense,switch", text, out, "--steps", "2", "--seeds", "1")
     assert main(command) == 128 + 15
-    assert made == [("dense", 0), ("polycom", 0)]
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
-    assert len(json.loads((out / "comparison.json").read_text())["members"][0]["runs"]) == 1
 
     assert main(command) == 1
-    assert made[2:] == [("polycom", 0), ("switch", 0)]
-    dense, polycom, switch = json.loads((out / "comparison.json").read_text())["members"]
-    assert polycom["loss_difference"]["half"] is None and polycom["failed"] == {}
+    dense, switch = json.loads((out / "comparison.json").read_text())["members"]
+    assert dense["runs"] == ["dense/seed-0"] and dense["failed"] == {}
     said = "FloatingPointError: step 1: loss or gradient is not finite"
     assert switch["failed"] == {"0": said} and switch["runs"] == []
     assert said in (out / "comparison.md").read_text()
-    assert dense["runs"] == ["dense/seed-0"]
+
+    assert main(command) == 1  # what failed is tried again, what is finished is not
+    assert made == [("dense", 0), ("dense", 0), ("switch", 0), ("switch", 0)]
 
     other = words("dense", text, out, "--steps", "3")
     assert main(other) == 2

@@ -94,6 +94,25 @@ LING = SIZES | {
     "partial_rotary_factor": 0.5,
     "num_nextn_predict_layers": 1,
 }
+MINICPM = SIZES | {
+    "model_type": "minicpm",
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "attention_type": "mla",
+    "q_lora_rank": 9,
+    "kv_lora_rank": 7,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "ffn_type": "block",
+    "router_act": "relu",
+    "norm_after_router": "rms",
+    "num_experts": 7,
+    "expert_size": 5,
+    "tie_word_embeddings": False,
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 8,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "olmoe": OLMOE,
     "olmoe_normalized": OLMOE
@@ -113,6 +132,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 300.0,
         "rope_scaling": YARN,
     },
+}
+ELSEWHERE = {
+    "ling": LING,
+    "minicpm": MINICPM,
+    "minicpm_grouped": MINICPM | {"attention_type": "vanilla", "num_key_value_heads": 2},
 }
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
@@ -253,6 +277,51 @@ def test_where_ling_keeps_its_parameters() -> None:
     assert not any("load" in name for name in tensors)
 
 
+@pytest.mark.parametrize("kind", ["block", "block_linear"])
+def test_blockffn_has_the_released_layout_and_factors(kind: str, tmp_path: Path) -> None:
+    """Experts apart or side by side; residual branches times 1.4 / sqrt(2), the head's input times
+    8 / 24: here both are part of the weights."""
+    model = hf.model_from_config(MINICPM | {"ffn_type": kind})
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: 0.4 * rng.standard_normal(x.shape).astype(np.float32)
+        for name, x in hf.tensors_from_params(model, random_params(model)).items()
+    }
+    mlp = "model.layers.1.mlp."
+    up = 0.4 * rng.standard_normal((7, 5, 24)).astype(np.float32)
+    down = 0.4 * rng.standard_normal((7, 24, 5)).astype(np.float32)
+    stored = {"up_proj": up, "down_proj": down}
+    if kind == "block_linear":
+        stored = {"up_proj": up.reshape(35, 24), "down_proj": np.hstack(list(down))}
+    else:
+        for name in ("up_proj", "down_proj"):
+            tensors[f"model.layers.0.mlp.{name}"] = stored[name]
+    tensors |= {mlp + name: np.ascontiguousarray(x) for name, x in stored.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(MINICPM | {"ffn_type": kind}))
+    params = hf.read(tmp_path, model)
+
+    x = rng.standard_normal((2, 5, 24))
+    scores = np.maximum(x @ tensors[f"{mlp}router_proj.weight"].T, 0)
+    scores /= np.sqrt((scores**2).mean(-1, keepdims=True) + 1e-6)
+    scores *= tensors[f"{mlp}router_norm.weight"]
+    y = 0
+    for expert in range(7):
+        h = x @ up[expert].T
+        y += scores[..., expert, None] * (h / (1 + np.exp(-h)) @ down[expert].T)
+    block = part(model, "blocks.block", Block)
+    mine = jax.tree.map(lambda w: w[1], params["blocks"]["ffn"])
+    close(block.ffn.apply(mine, jnp.asarray(x, jnp.float32))[0], y * 1.4 / 2**0.5)
+    out = tensors["model.layers.1.self_attn.o_proj.weight"] * 1.4 / 2**0.5
+    close(params["blocks"]["mixer"]["out"][1].reshape(24, 24).T, out)
+    close(params["norm"]["weight"], tensors["model.norm.weight"] * 8 / 24)
+    assert model.embedding.scale == 12
+
+    hf.write(tmp_path / "out", model, params)
+    assert hf.model_from_config(hf.read_config(tmp_path / "out")) == model
+    same(hf.read(tmp_path / "out", model), params)
+
+
 def test_a_state_keeps_its_type_and_forgets_its_load(tmp_path: Path) -> None:
     model = hf.model_from_config(LING | {"dtype": "bfloat16"})
     params = random_params(model)
@@ -285,9 +354,9 @@ def test_published_models_survive_their_config(model: Decoder) -> None:
     assert again.count() == model.count()
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "ling"])
+@pytest.mark.parametrize("name", [*CONFIGS, *ELSEWHERE])
 def test_configs_are_told_in_full(name: str) -> None:
-    model = hf.model_from_config((CONFIGS | {"ling": LING})[name])
+    model = hf.model_from_config((CONFIGS | ELSEWHERE)[name])
     assert hf.model_from_config(hf.config_from_model(model)) == model
 
 
@@ -345,6 +414,12 @@ def test_what_no_family_expresses_is_refused(model: Decoder, culprit: str) -> No
         (DEEPSEEK, {"num_key_value_heads": 2}, "num_key_value_heads: 2; need 4"),
         (DEEPSEEK, {"rope_scaling": YARN | {"mscale": "1"}}, "rope_scaling: mscale: '1'"),
         (DEEPSEEK, {"n_shared_experts": 0}, "n_shared_experts: 0; need a positive integer"),
+        (MINICPM, {"ffn_type": "vanilla"}, "ffn_type: 'vanilla'; need one of 'block_linear', 'blo"),
+        (MINICPM, {"ffn_type": None}, "ffn_type: None"),
+        (MINICPM, {"norm_after_router": "sum"}, "norm_after_router: 'sum'; need one of 'rms'"),
+        (MINICPM, {"v_head_dim": 7}, "v_head_dim: 7; need 6"),
+        (MINICPM, {"hidden_size": 26}, "hidden_size: 26; need a multiple of num_attention_heads"),
+        (MINICPM, {"qk_rope_head_dim": 5}, "qk_rope_head_dim: 5; need an even number"),
         (LING, {"architectures": ["BailingMoeForCausalLM"]}, "architectures: ['BailingMoeForC"),
         (LING, {"score_function": "softmax"}, "score_function: 'softmax'; need 'sigmoid'"),
         (LING, {"use_qkv_bias": True}, "use_qkv_bias: True; need False"),
@@ -365,7 +440,7 @@ JUNK = st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(ma
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_config_is_a_model_or_one_line(data: Any) -> None:
-    base = data.draw(st.sampled_from([OLMOE, MIXTRAL, DEEPSEEK, LING]))
+    base = data.draw(st.sampled_from([OLMOE, MIXTRAL, DEEPSEEK, LING, MINICPM]))
     names = st.sampled_from(sorted({*base, "norm_topk_prob", "rope_theta", "rope_scaling"}))
     change = data.draw(st.dictionaries(names, JUNK, max_size=4))
     try:

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bestiary.layers.attention import Attention
-from bestiary.layers.base import DTypeName, Param, Precision, Tree, flatten, is_param
+from bestiary.layers.base import DTypeName, Param, Precision, Tree, flatten, init, is_param
+from bestiary.layers.blockffn import BlockFFN
 from bestiary.layers.feedforward import GLU
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mla import MLA
@@ -32,8 +33,9 @@ from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.hf_config import Fields
 from bestiary.zoo.hf_deepseek import DEEPSEEK
 from bestiary.zoo.hf_dense import GEMMA2, LLAMA
-from bestiary.zoo.hf_families import Family
+from bestiary.zoo.hf_families import Adapter, Family
 from bestiary.zoo.hf_ling import BAILING
+from bestiary.zoo.hf_minicpm import MINICPM
 from bestiary.zoo.hf_mixtures import MIXTRAL, OLMOE
 from bestiary.zoo.hf_tensors import (
     MTP_BLOCK,
@@ -44,13 +46,22 @@ from bestiary.zoo.hf_tensors import (
 )
 
 FAMILIES = {
-    family.model_type: family for family in (LLAMA, GEMMA2, OLMOE, MIXTRAL, DEEPSEEK, BAILING)
+    family.model_type: family
+    for family in (LLAMA, GEMMA2, OLMOE, MIXTRAL, DEEPSEEK, BAILING, MINICPM)
 }
 # older checkpoints store what the configuration says
 _REDUNDANT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # fields that say how a model is trained or run, not what it computes
 _UNTOLD = {
     (Attention, "out_gain"),
+    (BlockFFN, "chunk"),
+    (BlockFFN, "density"),
+    (BlockFFN, "detach_target"),
+    (BlockFFN, "locality"),
+    (BlockFFN, "out_gain"),
+    (BlockFFN, "sharpness"),
+    (BlockFFN, "sparsity"),
+    (BlockFFN, "window"),
     (Decoder, "precision"),
     (Decoder, "std"),
     (Embedding, "std"),
@@ -117,9 +128,15 @@ def read(folder: str | os.PathLike, model: Decoder, mesh: Mesh | None = None) ->
     All names, shapes and types are compared before anything is read. Raises ValueError for tensors
     that are missing, unexpected or of another shape or type, and for unreadable files.
     """
+    adapters = _adapters(folder, model)
+
+    def get(name: str) -> np.ndarray:
+        value = stored[name].read()
+        return adapters[name].apply(value) if name in adapters else value
+
     with shards.open_tensors(folder) as stored:
-        _compare(folder, model, stored)
-        return params_from_tensors(model, lambda name: stored[name].read(), mesh)
+        _compare(folder, model, stored, adapters)
+        return params_from_tensors(model, get, mesh)
 
 
 def write(
@@ -196,8 +213,10 @@ def params_from_tensors(
 
     def gather(keys: tuple, param: Param) -> jax.Array:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        stacked = np.zeros(param.shape, param.dtype)
-        for tensor in tensors.get(path, ()):
+        if path not in tensors:
+            return init({path: param}, jax.random.key(0), mesh)[path]
+        stacked = np.empty(param.shape, param.dtype)
+        for tensor in tensors[path]:
             value = get(tensor.name)
             if value.shape != tensor.shape:
                 raise ValueError(f"{tensor.name}: shape {value.shape}; need {tensor.shape}")
@@ -226,6 +245,15 @@ def tensors_of(model: Decoder) -> Iterator[Tensor]:
     return family_tensors(_express(model)[0], model)
 
 
+def _adapters(folder: str | os.PathLike, model: Decoder) -> dict[str, Adapter]:
+    family, _ = _express(model)
+    if family.adapters is None:
+        return {}
+    adapters = family.adapters(Fields(read_config(folder)))
+    layers = range(layers_of(model)[MTP_BLOCK][0])
+    return {name.format(i): adapter for name, adapter in adapters.items() for i in layers}
+
+
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
     if x.dtype == dtype:
         return x
@@ -237,10 +265,14 @@ def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _compare(
-    folder: str | os.PathLike, model: Decoder, stored: Mapping[str, shards.Stored]
+    folder: str | os.PathLike,
+    model: Decoder,
+    stored: Mapping[str, shards.Stored],
+    adapters: Mapping[str, Adapter],
 ) -> None:
     """ValueError for the first difference between the folder's tensors and the model's."""
     wanted = {tensor.name: tensor.shape for tensor in tensors_of(model)}
+    wanted |= {name: adapter.shape for name, adapter in adapters.items()}
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(
             f"{folder}: {missing[0]}: missing, need shape {wanted[missing[0]]}; "

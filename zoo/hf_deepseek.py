@@ -16,6 +16,8 @@ from bestiary.layers.router import Router
 from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.hf_config import Fields, rope_entries, rope_from_fields
 from bestiary.zoo.hf_families import (
+    BOOLEAN,
+    LAYER,
     Family,
     activation_name,
     decoder_config,
@@ -23,8 +25,6 @@ from bestiary.zoo.hf_families import (
     part,
 )
 from bestiary.zoo.hf_mixtures import (
-    BOOLEAN,
-    LAYER,
     MIXTURE_NAMES,
     dense_of,
     dense_then_routed,
@@ -32,6 +32,19 @@ from bestiary.zoo.hf_mixtures import (
     groups_of,
     routed,
 )
+
+LATENT_NAMES = {
+    "blocks/mixer/query": f"{LAYER}self_attn.q_b_proj.weight",
+    "blocks/mixer/query_down": f"{LAYER}self_attn.q_a_proj.weight",
+    "blocks/mixer/query_down_bias": f"{LAYER}self_attn.q_a_proj.bias",
+    "blocks/mixer/query_norm/weight": f"{LAYER}self_attn.q_a_layernorm.weight",
+    "blocks/mixer/kv_down": f"{LAYER}self_attn.kv_a_proj_with_mqa.weight",
+    "blocks/mixer/kv_down_bias": f"{LAYER}self_attn.kv_a_proj_with_mqa.bias",
+    "blocks/mixer/kv_norm/weight": f"{LAYER}self_attn.kv_a_layernorm.weight",
+    "blocks/mixer/key": f"{LAYER}self_attn.kv_b_proj.weight",
+    "blocks/mixer/value": f"{LAYER}self_attn.kv_b_proj.weight",
+    "blocks/mixer/out_bias": f"{LAYER}self_attn.o_proj.bias",
+}
 
 
 def deepseek_decoder(f: Fields) -> Decoder:
@@ -167,27 +180,16 @@ def deepseek_config(model: Decoder) -> dict[str, Any]:
 
 def deepseek_names(model: Decoder) -> Mapping[str, str | None]:
     direct = part(model.stacks[-1], "block.mixer", MLA).q_rank is None
-    attention = f"{LAYER}self_attn."
-    return MIXTURE_NAMES | {
-        "blocks/mixer/query": f"{attention}{'q_proj' if direct else 'q_b_proj'}.weight",
-        "blocks/mixer/query_down": f"{attention}q_a_proj.weight",
-        "blocks/mixer/query_down_bias": f"{attention}q_a_proj.bias",
-        "blocks/mixer/query_norm/weight": f"{attention}q_a_layernorm.weight",
-        "blocks/mixer/kv_down": f"{attention}kv_a_proj_with_mqa.weight",
-        "blocks/mixer/kv_down_bias": f"{attention}kv_a_proj_with_mqa.bias",
-        "blocks/mixer/kv_norm/weight": f"{attention}kv_a_layernorm.weight",
-        "blocks/mixer/key": f"{attention}kv_b_proj.weight",
-        "blocks/mixer/value": f"{attention}kv_b_proj.weight",
-        "blocks/mixer/out_bias": f"{attention}o_proj.bias",
-        "blocks/ffn/router/bias": f"{LAYER}mlp.gate.e_score_correction_bias",
-    }
+    query = {"blocks/mixer/query": f"{LAYER}self_attn.q_proj.weight"} if direct else {}
+    bias = {"blocks/ffn/router/bias": f"{LAYER}mlp.gate.e_score_correction_bias"}
+    return MIXTURE_NAMES | LATENT_NAMES | query | bias
 
 
 DEEPSEEK = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     names=deepseek_names,
-    by_head=(f"{LAYER}self_attn.kv_b_proj.weight",),
+    by_head=(LATENT_NAMES["blocks/mixer/key"],),
     unread=LAYER,  # multi-token prediction, which transformers leaves out as well
     decoder=deepseek_decoder,
     config=deepseek_config,

@@ -11,6 +11,8 @@ from bestiary.zoo.gemma2 import gemma2
 from bestiary.zoo.hf_config import Fields, rope_from_fields
 from bestiary.zoo.hf_families import (
     BLOCK_NAMES,
+    BOOLEAN,
+    LAYER,
     Family,
     activation_name,
     attention_config,
@@ -36,7 +38,7 @@ def llama_decoder(f: Fields) -> Decoder:
         ),
         ffn=gated(f, "hidden_act", "silu"),
         eps=f.number("rms_norm_eps", 1e-6),
-        tied=f.choice("tie_word_embeddings", {True: True, False: False}, False),
+        tied=f.choice("tie_word_embeddings", BOOLEAN, False),
     )
 
 
@@ -48,7 +50,7 @@ LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     names=lambda model: (
-        BLOCK_NAMES | {"blocks/ffn_norm/weight": "model.layers.{}.post_attention_layernorm.weight"}
+        BLOCK_NAMES | {"blocks/ffn_norm/weight": f"{LAYER}post_attention_layernorm.weight"}
     ),
     decoder=llama_decoder,
     config=llama_config,
@@ -105,9 +107,9 @@ GEMMA2 = Family(
     names=lambda model: (
         BLOCK_NAMES
         | {
-            "blocks/mixer_post_norm/weight": "model.layers.{}.post_attention_layernorm.weight",
-            "blocks/ffn_norm/weight": "model.layers.{}.pre_feedforward_layernorm.weight",
-            "blocks/ffn_post_norm/weight": "model.layers.{}.post_feedforward_layernorm.weight",
+            "blocks/mixer_post_norm/weight": f"{LAYER}post_attention_layernorm.weight",
+            "blocks/ffn_norm/weight": f"{LAYER}pre_feedforward_layernorm.weight",
+            "blocks/ffn_post_norm/weight": f"{LAYER}post_feedforward_layernorm.weight",
         }
     ),
     decoder=gemma2_decoder,

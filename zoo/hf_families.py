@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from bestiary.layers.activations import Gelu, GeluTanh, Relu, ReluSquared, Silu
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Layer
+from bestiary.layers.blockffn import BlockFFN
 from bestiary.layers.feedforward import GLU
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.rope import Rope
@@ -18,6 +21,15 @@ from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.hf_config import Fields, rope_entries
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How to read a tensor that is stored otherwise than the model declares it."""
+
+    shape: tuple[int, ...]
+    """As stored."""
+    apply: Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +42,20 @@ class Family:
     """Parameter path -> tensor name; `{}` stand for the layer, then for other stacked axes.
     A path leaves out its place in a `Chain`, and begins with "blocks" in the block of `Decoder.mtp`
     too, which counts as the layer after the last. Parameters of one name are joined along their
-    outputs, in this order. None: a state that is not stored, and 0 when read."""
+    outputs, in this order. None: a state that is not stored and starts
+    anew when read."""
     by_head: tuple[str, ...] = ()
     """Names whose parameters are joined within every head."""
     unread: str | None = None
     """How the names of tensors begin that no parameter stores; `{}` is the layer after the last."""
+    adapters: Callable[[Fields], Mapping[str, Adapter]] | None = None
+    """By name, where the entries say that tensors are stored otherwise; `{}` is the layer."""
     decoder: Callable[[Fields], Decoder]
     config: Callable[[Decoder], dict[str, Any]]
     """Entries that `decoder` turns into this model, if any do: `zoo/hf.py` checks that."""
 
 
+BOOLEAN = {True: True, False: False}
 ACTIVATIONS: dict[str, Layer] = {
     "silu": Silu(),
     "gelu_pytorch_tanh": GeluTanh(),
@@ -51,16 +67,17 @@ ACTIVATIONS: dict[str, Layer] = {
     "gelu_new": GeluTanh(),
 }
 
+LAYER = "model.layers.{}."
 BLOCK_NAMES = {
     "embedding/table": "model.embed_tokens.weight",
-    "blocks/mixer_norm/weight": "model.layers.{}.input_layernorm.weight",
-    "blocks/mixer/query": "model.layers.{}.self_attn.q_proj.weight",
-    "blocks/mixer/key": "model.layers.{}.self_attn.k_proj.weight",
-    "blocks/mixer/value": "model.layers.{}.self_attn.v_proj.weight",
-    "blocks/mixer/out": "model.layers.{}.self_attn.o_proj.weight",
-    "blocks/ffn/gate": "model.layers.{}.mlp.gate_proj.weight",
-    "blocks/ffn/up": "model.layers.{}.mlp.up_proj.weight",
-    "blocks/ffn/down": "model.layers.{}.mlp.down_proj.weight",
+    "blocks/mixer_norm/weight": f"{LAYER}input_layernorm.weight",
+    "blocks/mixer/query": f"{LAYER}self_attn.q_proj.weight",
+    "blocks/mixer/key": f"{LAYER}self_attn.k_proj.weight",
+    "blocks/mixer/value": f"{LAYER}self_attn.v_proj.weight",
+    "blocks/mixer/out": f"{LAYER}self_attn.o_proj.weight",
+    "blocks/ffn/gate": f"{LAYER}mlp.gate_proj.weight",
+    "blocks/ffn/up": f"{LAYER}mlp.up_proj.weight",
+    "blocks/ffn/down": f"{LAYER}mlp.down_proj.weight",
     "norm/weight": "model.norm.weight",
     "head/weight": "lm_head.weight",
 }
@@ -122,7 +139,7 @@ def attention_config(attention: Attention) -> dict[str, Any]:
     }
 
 
-def activation_name(ffn: GLU) -> str:
+def activation_name(ffn: GLU | BlockFFN) -> str:
     names = [name for name, function in ACTIVATIONS.items() if function == ffn.activation]
     if not names:
         raise ValueError(f"ffn.activation: {type(ffn.activation).__name__} has no name there")

@@ -9,6 +9,8 @@ from bestiary.layers.rope import Rope
 from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.hf_config import Fields, rope_from_fields
 from bestiary.zoo.hf_families import (
+    BOOLEAN,
+    LAYER,
     Family,
     attention_config,
     decoder_config,
@@ -17,8 +19,6 @@ from bestiary.zoo.hf_families import (
     part,
 )
 from bestiary.zoo.hf_mixtures import (
-    BOOLEAN,
-    LAYER,
     MIXTURE_NAMES,
     dense_of,
     dense_then_routed,

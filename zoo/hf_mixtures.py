@@ -12,6 +12,8 @@ from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.hf_config import Fields, rope_from_fields
 from bestiary.zoo.hf_families import (
     BLOCK_NAMES,
+    BOOLEAN,
+    LAYER,
     Family,
     activation_name,
     attention_config,
@@ -24,8 +26,6 @@ from bestiary.zoo.hf_families import (
 from bestiary.zoo.llama import llama
 from bestiary.zoo.mixtures import olmoe_ffn
 
-LAYER = "model.layers.{}."
-BOOLEAN = {True: True, False: False}
 MIXTURE_NAMES = BLOCK_NAMES | {
     "blocks/ffn_norm/weight": f"{LAYER}post_attention_layernorm.weight",
     "blocks/ffn/router/weight": f"{LAYER}mlp.gate.weight",

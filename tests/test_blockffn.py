@@ -1,5 +1,6 @@
 """BlockFFN: parity with the released code, its losses and statistics in packed rows, its state."""
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from bestiary.layers import (
     Context,
     Gelu,
     GeluTanh,
+    Layer,
     Relu,
     Repeat,
     RMSNorm,
@@ -32,6 +34,16 @@ FACTOR = AdaptiveFactor(start=0.3, stable_steps=4, step_size=2)
 LAYER = BlockFFN(
     dim=DIM, num_experts=EXPERTS, expert_dim=WIDTH, locality=0.2, sparsity=FACTOR, chunk=4, window=3
 )
+
+
+STACK = Repeat(
+    block=Block(mixer=llama.multi_head(DIM, 2), ffn=LAYER, norm=RMSNorm(dim=DIM)), n=2, remat="full"
+)
+
+
+@cache
+def initial(layer: Layer) -> Any:
+    return layer.init(jax.random.key(0))
 
 
 def close(actual: Any, expected: Any, name: str = "", rtol: float = 1e-5) -> None:
@@ -70,15 +82,16 @@ def test_layer(golden: SimpleNamespace) -> None:
         return y, *pull(jnp.asarray(a["cotangent"]))
 
     y, g, gx = jax.jit(run)(params, x)
-    scores = layer.scores(params, x)
+    scores = jax.jit(layer.scores)(params, x)
     close(scores, a["A0"], "A0")
-    close(jax.nn.relu(scores), a["A1"], "A1")
-    close(layer.pattern(scores) * params["gain"], a["A"], "A")
+    close(np.maximum(scores, 0), a["A1"], "A1")
+    close(jax.jit(layer.pattern)(scores) * params["gain"], a["A"], "A")
     close(y, a["y"], "y")
     close(gx, a["gx"], "gx")
     for ours, theirs in names.items():
         close(g[ours].T, a[f"g{theirs}"], f"g{theirs}")
-    assert layer.apply(params, x)[1].metrics["tls"] == pytest.approx(float(a["TLS"]), abs=1e-6)
+    metrics = jax.jit(layer.apply)(params, x)[1].metrics
+    assert metrics["tls"] == pytest.approx(float(a["TLS"]), abs=1e-6)
 
 
 @pytest.mark.golden("blockffn")
@@ -93,7 +106,7 @@ def test_losses_and_statistics(golden: SimpleNamespace) -> None:
             loss = b.locality_loss(scores, documents, alpha, hp["locality_detach_target"])
             return hp["locality_coef"] * loss
 
-        value, g = jax.value_and_grad(locality)(scores)
+        value, g = jax.jit(jax.value_and_grad(locality))(scores)
         close(value, a[f"L_al_{case['suffix']}"], f"L_al_{case['suffix']}")
         close(g, a[f"gA0_al_{case['suffix']}"], f"gA0_al_{case['suffix']}")
 
@@ -106,16 +119,16 @@ def test_losses_and_statistics(golden: SimpleNamespace) -> None:
     def chunks(scores: jax.Array) -> jax.Array:
         return b.chunk_loss(share(scores), padded, hp["chunk_size"], hp["chunk_log_eps"])
 
-    value, g = jax.value_and_grad(chunks)(scores)
-    close(share(scores), a["p"], "p")
+    value, g = jax.jit(jax.value_and_grad(chunks))(scores)
+    close(jax.jit(share)(scores), a["p"], "p")
     close(value, a["L_cs"], "L_cs")
     close(g, a["gA0_cs"], "gA0_cs")
 
-    active, size = scores > 0, hp["cls_window"]
+    active, size = a["A0"][None] > 0, hp["cls_window"]
+    statistic = jax.jit(lambda active: b.chunk_sparsity(active, Context(), size))
     close(b.token_sparsity(active, Context()), a["TLS"], "TLS")
-    close(b.chunk_sparsity(active, Context(), size), a[f"CLS{size}"], "CLS")
-    rest = active[:, np.asarray(a["seg_prev"]) != -1]
-    close(b.chunk_sparsity(rest, Context(), size), a[f"CLS{size}_ref"], "CLS_ref")
+    close(statistic(active), a[f"CLS{size}"], "CLS")
+    close(statistic(active[:, a["seg_prev"] != -1]), a[f"CLS{size}_ref"], "CLS_ref")
 
 
 @pytest.mark.golden("blockffn")
@@ -217,14 +230,15 @@ def test_a_row_of_padding_and_a_single_token_give_finite_numbers() -> None:
         def total(scores: jax.Array, segments: Any = segments) -> jax.Array:
             return sum(ours(scores, Context(segment_ids=segments), 4).values(), jnp.zeros(()))
 
-        assert np.isfinite(total(scores)) and np.isfinite(jax.grad(total)(scores)).all()
+        value, g = jax.jit(jax.value_and_grad(total))(scores)
+        assert np.isfinite(value) and np.isfinite(g).all()
 
 
 def test_a_token_without_experts_gives_nothing() -> None:
-    params = LAYER.init(jax.random.key(0))
-    params["router"] = -jnp.abs(params["router"])
-    x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 5, DIM)))
-    y, aux = LAYER.apply(params, x)
+    params = initial(LAYER)
+    params = params | {"router": -np.abs(params["router"])}
+    x = np.abs(np.random.default_rng(1).normal(size=(4, 14, DIM))).astype(np.float32)
+    y, aux = jax.jit(LAYER.apply)(params, x)
     assert not y.any() and aux.metrics["nonzero"] == 0
 
 
@@ -233,20 +247,17 @@ def test_a_token_without_experts_gives_nothing() -> None:
 
 def test_every_parameter_learns_through_scan_and_remat() -> None:
     """From the output alone, and the routers from the layer's losses alone."""
-    block = Block(mixer=llama.multi_head(DIM, 2), ffn=LAYER, norm=RMSNorm(dim=DIM))
-    stack = Repeat(block=block, n=3, remat="full")
-    params = stack.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (2, 9, DIM))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, DIM)), jnp.float32)
 
     @jax.jit
     def gradients(params: Any) -> Any:
         def losses(params: Any) -> tuple[jax.Array, jax.Array]:
-            y, _, aux = stack.apply(params, x)
+            y, _, aux = STACK.apply(params, x)
             return (y**2).sum(), aux.losses["locality"] + aux.losses["chunk_sparsity"]
 
         return jax.jacrev(losses)(params)
 
-    output, own = gradients(params)
+    output, own = gradients(initial(STACK))
     for path, g in flatten(output["ffn"]):
         if not isinstance(g, dict) and "sparsity" not in path:
             assert np.all(np.any(g, axis=tuple(range(1, g.ndim)))), path
@@ -255,7 +266,7 @@ def test_every_parameter_learns_through_scan_and_remat() -> None:
 
 def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     """Output, losses, statistics and all gradients, experts and batch spread over devices."""
-    params, rows = LAYER.init(jax.random.key(0)), np.random.default_rng(0)
+    params, rows = initial(LAYER), np.random.default_rng(0)
     x = jnp.asarray(rows.normal(size=(4, 14, DIM)), jnp.float32)
 
     def run(params: Any, x: jax.Array) -> tuple:
@@ -275,27 +286,25 @@ def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
 
 def test_the_state_goes_on_by_its_declaration() -> None:
     """As in the training step: micro-batches observe, then every step advances, in each layer."""
-    stack = Repeat(
-        block=Block(mixer=llama.multi_head(DIM, 2), ffn=LAYER, norm=RMSNorm(dim=DIM)), n=2
-    )
-    params = stack.init(jax.random.key(0))
+    params = initial(STACK)
     factors, rng = [], np.random.default_rng(0)
 
     @jax.jit
     def micro(params: Any, x: jax.Array) -> Any:
-        aux = stack.apply(params, x)[2]
+        aux = STACK.apply(params, x)[2]
         seen = params["ffn"] | {
             "sparsity": params["ffn"]["sparsity"] | aux.state["ffn"]["sparsity"]
         }
         return params | {"ffn": seen}, aux.metrics["ffn"]["chunk_factor"]
 
+    go_on = jax.jit(lambda params: advance(STACK.declare(), params))
     for step in range(7):
         for _ in range(2):
             x = rng.normal(size=(2, 9, DIM)).astype(np.float32) * (1 + step)
             params, factor = micro(params, x)
         factors.append(np.asarray(factor))
         assert (params["ffn"]["sparsity"]["count"] == 2 * (1 + step % 2)).all()
-        params = advance(stack.declare(), params)
+        params = go_on(params)
     factors = np.stack(factors, 1)
     assert (factors[:, :4] == np.float32(FACTOR.start)).all()
     assert (factors[:, 4] != factors[:, 3]).all() and (factors[0] != factors[1]).any()

@@ -16,8 +16,10 @@ from bestiary.layers import (
     Context,
     Fusion,
     Gelu,
+    Layer,
     MoHDFFN,
     MoHDResidual,
+    Param,
     Relu,
     Repeat,
     RMSNorm,
@@ -25,7 +27,7 @@ from bestiary.layers import (
     SubDimensions,
     use_rules,
 )
-from bestiary.layers.base import Count, flatten
+from bestiary.layers.base import Count, flatten, map_params
 from bestiary.zoo import llama, mohd
 from bestiary.zoo.decoder import Block
 
@@ -43,6 +45,16 @@ def close(actual: Any, expected: Any, name: str = "", rtol: float = 1e-5) -> Non
     np.testing.assert_allclose(
         np.asarray(actual).reshape(expected.shape), expected, rtol=rtol, atol=atol, err_msg=name
     )
+
+
+def draw(layer: Layer) -> Any:
+    rng = np.random.default_rng(5)
+
+    def one(p: Param) -> jax.Array:
+        scale, mean = (0.3, 1.0) if p.inputs is None else (p.shape[p.batch_ndim] ** -0.5, 0.0)
+        return jnp.asarray(rng.normal(mean, scale, p.shape), jnp.float32)
+
+    return map_params(one, layer.declare())
 
 
 @pytest.mark.golden("mohd_ffn")
@@ -83,7 +95,8 @@ def test_equals_the_formulas(golden: SimpleNamespace) -> None:
         return y, loss, *pull((jnp.asarray(a["cotangent"]), jnp.zeros(())))
 
     y, loss, g, gx = jax.jit(run)(params, x)
-    s, gates = gate.affinities(params["gate"], x), gate.gates(params["gate"], x)[0]
+    s = jax.jit(gate.affinities)(params["gate"], x)
+    gates = jax.jit(gate.gates)(params["gate"], x)[0]
     close(s, a["s"], "s")
     close(gates, a["alpha"] * a["g"], "alpha g")
     close(y, a["y"], "y")
@@ -100,14 +113,20 @@ def test_equals_the_formulas(golden: SimpleNamespace) -> None:
 def test_all_parts_with_equal_affinities_are_the_dense_layer(fusion: Any) -> None:
     """delta = phi = 1, alpha g = 1 and fusions as they start: section 2.7's invariant."""
     layer = MoHDFFN(gate=ALL, hidden=HIDDEN, fusion=fusion)
-    params = layer.init(jax.random.key(0))
-    params["gate"]["centroids"] *= 0
     dense = MLP(dim=DIM, hidden=HIDDEN, activation=Silu())
-    close(layer.apply(params, X)[0], dense.apply(params, jnp.asarray(X))[0])
-    wrapped = MoHDResidual(gate=ALL, inner=ATTENTION, fusion=fusion)
-    params = wrapped.init(jax.random.key(0))
-    params["gate"]["centroids"] *= 0
-    close(wrapped.apply(params, X)[0], ATTENTION.apply(params["inner"], jnp.asarray(X))[0])
+    wrapped = MoHDResidual(gate=ALL, inner=dense, fusion=fusion)
+
+    @jax.jit
+    def run(key: jax.Array) -> tuple:
+        ours, theirs = layer.init(key), wrapped.init(key)
+        for params in (ours, theirs):
+            params["gate"]["centroids"] *= 0
+        pairs = (layer, ours), (dense, ours), (wrapped, theirs), (dense, theirs["inner"])
+        return tuple(f.apply(params, jnp.asarray(X))[0] for f, params in pairs)
+
+    y, expected, z, also = run(jax.random.key(0))
+    close(y, expected)
+    close(z, also)
 
 
 @pytest.mark.parametrize("width, blocks", [(36, 6), (20, 4), (7, 1)])
@@ -131,17 +150,17 @@ def test_monarch_is_the_product_of_its_factors(width: int, blocks: int) -> None:
 
 
 def test_a_token_uses_shared_and_best_parts() -> None:
-    params = GATE.init(jax.random.key(0))
-    gates, aux = GATE.gates(params, jnp.asarray(X))
-    s = np.asarray(GATE.affinities(params, X))
+    params, run = draw(GATE), jax.jit(GATE.gates)
+    gates, aux = run(params, X)
+    s = np.asarray(jax.jit(GATE.affinities)(params, X))
     assert ((gates > 0).sum(-1) == GATE.num_active).all() and (gates[..., 0] > 0).all()
     kept = np.where(np.asarray(gates) > 0, s, 0)
     close(gates, 4 * kept.sum(-1, keepdims=True) * kept)
     assert (kept[..., 1:].sum(-1) >= np.sort(s[..., 1:], -1)[..., 1:].sum(-1) - 1e-6).all()
     padded = Context(segment_ids=jnp.asarray(np.array([[1] * 7, [1] * 4 + [0] * 3, [0] * 7])))
     noise = jnp.where(padded.segment_ids[..., None] > 0, X, 9.0)
-    for name, value in GATE.gates(params, noise, padded)[1].losses.items():
-        close(value, GATE.gates(params, X, padded)[1].losses[name])
+    for name, value in run(params, noise, padded)[1].losses.items():
+        close(value, run(params, X, padded)[1].losses[name])
         assert value != aux.losses[name]
 
 
@@ -166,7 +185,7 @@ def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> None:
         norm=RMSNorm(dim=DIM),
     )
     stack = Repeat(block=block, n=2, remat="full")
-    params = stack.init(jax.random.key(0))
+    params = draw(stack)
 
     @jax.jit
     def run(params: Any) -> tuple:
@@ -175,9 +194,9 @@ def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> None:
             return (y**2).sum(), aux.losses["load_balance"]
 
         cache, outputs = stack.init_cache(len(X), X.shape[1]), []
-        for t in range(X.shape[1]):
-            ctx = Context(positions=jnp.full((len(X), 1), t))
-            y, cache, _ = stack.apply(params, X[:, t : t + 1], ctx, cache)
+        for a, b in ((0, 5), (5, 6), (6, 7)):
+            ctx = Context(positions=jnp.broadcast_to(jnp.arange(a, b), (len(X), b - a)))
+            y, cache, _ = stack.apply(params, X[:, a:b], ctx, cache)
             outputs.append(y)
         full = stack.apply(params, jnp.asarray(X))[0]
         return jax.jacrev(loss)(params), full, jnp.concatenate(outputs, 1)
@@ -193,7 +212,7 @@ def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> None:
 def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     inner = MoHDFFN(gate=GATE, hidden=HIDDEN)
     layer = MoHDResidual(gate=GATE, inner=inner, fusion="block")
-    params, x = layer.init(jax.random.key(0)), jnp.asarray(np.concatenate((X, X[:1])))
+    params, x = draw(layer), jnp.asarray(np.concatenate((X, X[:1])))
 
     def run(params: Any, x: jax.Array) -> tuple:
         def loss(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:

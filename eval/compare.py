@@ -34,7 +34,7 @@ from bestiary.train.runtime import locked, start
 from bestiary.train.tree_json import difference, to_json
 
 SETTINGS, RESULT = "settings.json", "result.json"
-_RECALL = "recall:facts=4096"
+_RECALL = "recall:facts=8192"
 _VALIDATION = 100  # batches
 _CALIBRATION = 30  # steps
 
@@ -64,11 +64,12 @@ class Compare:
     seeds: int = 3
     """How many runs of each member: seeds 0, 1, ..."""
     task: Literal["text", "recall"] = "text"
-    """recall: 4096 facts that must be memorised (other sizes: --data.path recall:facts=N)."""
+    """recall: 8192 facts that must be memorised (other sizes: --data.path recall:facts=N)."""
     data: Data = Data(length=128, batch_size=8)
     dim: int = 128
     """Width of all members, a multiple of 32."""
     num_layers: int = 4
+    """Blocks of all members."""
     routing: Routing = "balanced"
     """How members with routers are trained: as they route by themselves, or with a fixed bias on
     the choice of experts, by Zipf's law or towards the same few for all tokens."""

@@ -82,7 +82,7 @@ class AdaptiveFactor:
         full = jnp.mod(steps, self.step_size) == 0
         mean = state["sum"] / jnp.maximum(state["count"], 1)
         known = (state["previous"] > 0) & (mean > 0)
-        ratio = mean / jnp.where(known, state["previous"], mean + 1)
+        ratio = mean / jnp.where(known, state["previous"], 1)
         ratio = jnp.where(ratio > 1, jnp.maximum(ratio, self.min_factor), ratio)
         target = jnp.minimum(state["to"] * ratio, self.start * self.max_factor)
         return {

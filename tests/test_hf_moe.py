@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from bestiary.layers.base import flatten
 from bestiary.layers.moe import MoE
-from bestiary.zoo import hf
+from bestiary.zoo import hf, hf_gemma3n
 from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.hf_families import part
 from bestiary.zoo.ling import ling_1t, ling_flash_2, ling_mini_2, ling_tiny
@@ -486,3 +486,92 @@ def test_wrong_tensors_are_named(changes: dict, culprits: list, tmp_path: Path) 
 def test_deepseeks_further_layer_is_read_past(tmp_path: Path) -> None:
     model = edited(tmp_path / "in", DEEPSEEK, **{"model.layers.3.eh_proj.weight": np.zeros(2)})
     same(hf.read(tmp_path / "in", model), random_params(model))
+
+
+GEMMA3N = {
+    "model_type": "gemma3n_text",
+    "vocab_size": 37,
+    "vocab_size_per_layer_input": 37,
+    "hidden_size": 24,
+    "hidden_size_per_layer_input": 5,
+    "num_hidden_layers": 5,
+    "intermediate_size": [40, 28, 40, 28, 28],
+    "activation_sparsity_pattern": [0.9, 0.5, 0.0, 0.7, 0.0],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "num_kv_shared_layers": 0,
+    "altup_num_inputs": 2,
+    "laurel_rank": 3,
+}
+
+
+def test_gemma3n_feed_forwards_both_ways(transformers: Any, tmp_path: Path) -> None:
+    """Sparse and dense ones of unlike widths; what else the folder holds is copied."""
+    import torch
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**GEMMA3N)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    theirs.save_pretrained(tmp_path / "in")
+    layers, params = hf_gemma3n.read_feed_forwards(tmp_path / "in")
+    assert [layer.sparsity for layer in layers] == GEMMA3N["activation_sparsity_pattern"]
+    x = np.random.default_rng(0).standard_normal((2, 5, 24)).astype(np.float32)
+
+    def agree(theirs: Any, params: Any) -> None:
+        for layer, mine, block in zip(layers, params, theirs.model.layers, strict=True):
+            with torch.no_grad():
+                close(layer.apply(mine, jnp.asarray(x))[0], block.mlp(torch.tensor(x)).numpy())
+
+    agree(theirs, params)
+    changed = jax.tree.map(lambda w: 1.5 * w + 0.01, params)
+    hf_gemma3n.write_feed_forwards(tmp_path / "out", tmp_path / "in", changed, shard_bytes=9000)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    agree(again, changed)
+    before, after = theirs.state_dict(), again.state_dict()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
+
+
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        ({"model_type": "gemma3"}, "model_type: 'gemma3'; need one of 'gemma3n_text', 'gemma3n'"),
+        ({"model_type": "gemma3n"}, "text_config: None; need an object"),
+        ({"intermediate_size": [40]}, "intermediate_size: [40]; need a positive integer, or 5"),
+        ({"intermediate_size": -1}, "intermediate_size"),
+        ({"activation_sparsity_pattern": [1.0] * 5}, "need 5 numbers from 0 to less than 1"),
+        ({"activation_sparsity_pattern": [True] * 5}, "activation_sparsity_pattern: [True"),
+        ({"hidden_activation": "silu"}, "hidden_activation: 'silu'"),
+    ],
+)
+def test_unsupported_gemma3n_configs_are_refused(change: dict, culprit: str) -> None:
+    with refused("config.json", culprit):
+        hf_gemma3n.layers_from_config(GEMMA3N | change)
+
+
+def test_gemma3n_params_of_another_model_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA3N))
+    layers = hf_gemma3n.layers_from_config(GEMMA3N)
+    params = [
+        {name: np.zeros(p.shape, np.float32) for name, p in layer.declare().items()}
+        for layer in layers
+    ]
+    stored = {
+        f"model.layers.{i}.mlp.{name}_proj.weight": np.ascontiguousarray(x.T)
+        for i, mine in enumerate(params)
+        for name, x in mine.items()
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    with refused("params: of 4 layers; need 5"):
+        hf_gemma3n.write_feed_forwards(tmp_path / "out", tmp_path, params[:4])
+    with refused("params: layer 0: shapes {", "(24, 28)", "need {", "(24, 40)"):
+        hf_gemma3n.write_feed_forwards(tmp_path / "out", tmp_path, params[::-1])
+    with refused("model.layers.4.mlp.up_proj.weight: missing, need shape (28, 24)"):
+        del stored["model.layers.4.mlp.up_proj.weight"]
+        save_file(stored, tmp_path / "model.safetensors")
+        hf_gemma3n.read_feed_forwards(tmp_path)
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
@@ -155,9 +156,6 @@ def write(
     folder appears when it is complete. Raises ValueError when it exists and is not empty, when no
     family expresses the model, and when `params` are not the model's.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists already; need a new or an empty folder")
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise ValueError(f"{tokenizer}: no such file; need a tokenizer.json")
     config, extra = config_from_model(model), dict(extra or {})
@@ -180,18 +178,31 @@ def write(
             for tensor in tensors:
                 yield _cast(tensor.name, tensor.join(stacked), tensor.dtype)
 
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be made: {error.strerror}") from None
-    try:
+    with new_folder(folder) as partial:
         text = json.dumps(config | tokens | extra, indent=2)
         (partial / "config.json").write_text(text + "\n")
         layout = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors_of(model)}
         shards.write_tensors(partial, layout, arrays(), shard_bytes)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / "tokenizer.json")
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Context manager: a folder to fill, which takes its name when it is complete.
+
+    Raises ValueError when there is one with that name that is not empty, or none can be made.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists already; need a new or an empty folder")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made: {error.strerror}") from None
+    try:
+        yield partial
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -371,6 +371,23 @@ def test_deepseeks_released_yarn() -> None:
     assert hf.model_from_config(hf.config_from_model(model)) == model
 
 
+@pytest.mark.parametrize(
+    "kind, total", [("olmoe", 6.92e9), ("mixtral", 46.7e9), ("deepseek_v3", 671e9)]
+)
+def test_absent_entries_mean_what_transformers_assumes(
+    kind: str, total: float, transformers: Any
+) -> None:
+    """Which are the published sizes, but for OLMoE's width of an expert."""
+    full = transformers.AutoConfig.for_model(kind).to_dict()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    least = {name: full[name] for name in (*sizes, "num_hidden_layers", "model_type")}
+    least |= {name: full[name] for name in ("moe_intermediate_size",) if name in full}
+    assert hf.model_from_config(least) == hf.model_from_config(full)
+    published = full | {"intermediate_size": 1024} if kind == "olmoe" else full
+    count = hf.model_from_config(published).count().total
+    np.testing.assert_allclose(count, total, rtol=1e-3)
+
+
 def without_bias(model: Decoder) -> Decoder:
     block = part(model.stacks[-1], "block", Block)
     ffn = part(block, "ffn", MoE)

@@ -1,4 +1,7 @@
-"""DeepSeek-V3 (latent attention, leading dense layers, mixtures with a selection bias)."""
+"""DeepSeek-V3: latent attention, leading dense layers, mixtures with a selection bias.
+
+Its layer for multi-token prediction is left unread, as by transformers.
+"""
 
 import math
 from collections.abc import Mapping
@@ -137,9 +140,10 @@ def mscale(factor: float, scale: float) -> float:
 
 def latent_config(mixer: MLA) -> dict[str, Any]:
     entries = rope_entries(mixer.rope)
-    if mixer.scale is not None and isinstance(yarn := mixer.rope.scaling, Yarn):
+    yarn = mixer.rope.scaling
+    if mixer.scale is not None and isinstance(yarn, Yarn) and yarn.factor > 1:
         # the inverse of what reading does
-        factor = math.sqrt(mixer.scale * math.sqrt(mixer.query_dim))
+        factor = math.sqrt(abs(mixer.scale) * math.sqrt(mixer.query_dim))
         scale = (factor - 1) / (mscale(yarn.factor, 1) - 1)
         entries["rope_scaling"]["mscale_all_dim"] = round(scale, 9)
     return {

@@ -52,7 +52,7 @@ class Family:
     """By name, where the entries say that tensors are stored otherwise; `{}` is the layer."""
     decoder: Callable[[Fields], Decoder]
     config: Callable[[Decoder], dict[str, Any]]
-    """Entries that `decoder` turns into this model, if any do: `zoo/hf.py` checks that."""
+    """Entries that `decoder` turns into this model, if any do: `zoo/hf_model.py` checks that."""
 
 
 BOOLEAN = {True: True, False: False}

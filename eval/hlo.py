@@ -83,6 +83,8 @@ def analyse(text: str, mesh_axes: Mapping[str, int]) -> HloReport:
             custom_calls[_kernel(op)] += times
         elif kind in _COLLECTIVES and not module.repeats_async(where):
             groups = _groups(op, math.prod(mesh_axes.values()))
+            if groups.shape[1] == 1:  # a device with itself
+                continue
             size = sum(array_bytes(module[where][name].type) for name in op.operands)
             if kind == "all-gather":
                 size *= groups.shape[1]

@@ -264,7 +264,9 @@ def _exchanged(
     """As `_grouped`, with the experts spread over the devices of `ways`: rows travel to their
     expert and back.
 
-    A device sends up to all its rows to each other one, so that nothing is ever dropped.
+    A device has room to send all its rows to each other one, so that nothing is ever dropped: the
+    buffers grow with the devices, of which a few per group are enough (the mesh's axis for
+    "experts").
     """
     devices = jax.lax.axis_size(ways)
     here = num_experts // devices  # experts per device
@@ -284,8 +286,9 @@ def _exchanged(
     order = argsort(local)
     outputs = _grouped(expert, declared, params, arrived[order], local[order], here)
     back = jnp.zeros_like(outputs).at[order].set(outputs)
-    back = jax.lax.all_to_all(back.reshape(devices, n, dim), ways, 0, 0, tiled=True)
-    return jnp.take(back.reshape(-1, dim), place, axis=0, mode="fill", fill_value=0)
+    back = jax.lax.all_to_all(back.reshape(devices, n, -1), ways, 0, 0, tiled=True)
+    back = back.reshape(devices * n, -1)
+    return jnp.take(back, place, axis=0, mode="fill", fill_value=0)
 
 
 def _place(p: Param, num_experts: int, mesh: AbstractMesh) -> P:
@@ -297,15 +300,16 @@ def _place(p: Param, num_experts: int, mesh: AbstractMesh) -> P:
 
 
 def _fitting(spec: P | None, shape: tuple[int, ...], mesh: AbstractMesh) -> P:
-    """`spec` with the mesh axes taken away that a dimension does not divide over."""
-    entries = tuple(spec or ()) + (None,) * len(shape)
-    sizes = [math.prod(mesh.shape[name] for name in _names(entry)) for entry in entries]
-    return P(
-        *(
-            entry if n % size == 0 else None
-            for entry, n, size in zip(entries, shape, sizes, strict=False)
+    """`spec` without mesh axes of one device, and those that a dimension does not divide over."""
+
+    def entry(wanted: Any, size: int) -> tuple[str, ...] | None:
+        names = tuple(name for name in _names(wanted) if mesh.shape[name] > 1)
+        return (
+            names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
         )
-    )
+
+    wanted = tuple(spec or ()) + (None,) * len(shape)
+    return P(*(entry(names, size) for names, size in zip(wanted, shape, strict=False)))
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -42,8 +42,7 @@ class Family:
     """Parameter path -> tensor name; `{}` stand for the layer, then for other stacked axes.
     A path leaves out its place in a `Chain`, and begins with "blocks" in the block of `Decoder.mtp`
     too, which counts as the layer after the last. Parameters of one name are joined along their
-    outputs, in this order. None: a state that is not stored and starts
-    anew when read."""
+    outputs, in this order. None: a state that is not stored and starts anew when read."""
     by_head: tuple[str, ...] = ()
     """Names whose parameters are joined within every head."""
     unread: str | None = None

@@ -72,7 +72,10 @@ def uniform(bound: float) -> Initializer:
 @layer
 class MemoryTable(Layer):
     """A table of `rows` value rows, each cut in `slices`, and where `pre_dim` > 0 of pre-value
-    rows: the parameters alone, a layer's own or `Decoder.shared`."""
+    rows: the parameters alone, a layer's own or `Decoder.shared`.
+
+    Rows are sharded by columns (axis "memory"); TPUs want 128 of them or more on a device.
+    """
 
     rows: int
     dim: int

@@ -76,6 +76,10 @@ class UltraMem(Layer):
     expand: int = 1
     balance: float = 0.0
     """Coefficient of the loss that spreads the choice of candidates over the keys."""
+    core_penalty: float = 0.0
+    """Coefficient of the loss that keeps the core near rank one, where the search is exact."""
+    core_threshold: float = 0.15
+    """Below it the core's further singular values cost nothing."""
     eps: float = 1e-5
     norm_power: float = -0.33
     """The gains of the norms of queries and keys start at key_dim to this power."""
@@ -83,6 +87,8 @@ class UltraMem(Layer):
     def __post_init__(self) -> None:
         positive(dim=self.dim, key_dim=self.key_dim, top_k=self.top_k)
         positive(num_heads=self.num_heads, rank=self.rank, expand=self.expand)
+        if self.core_penalty and self.rank == 1:
+            raise ValueError(f"core_penalty: {self.core_penalty}; a core of rank 1 has none")
         if math.isqrt(self.expand) ** 2 != self.expand:
             raise ValueError(f"expand: {self.expand}; need a square")
         if math.isqrt(self.window) ** 2 != self.window:
@@ -172,7 +178,12 @@ class UltraMem(Layer):
         losses = {}
         if self.balance:
             rows_loss, columns_loss = (balance(side, ctx) for side in chosen.sides)
-            losses = {"memory_balance": self.balance * (rows_loss + columns_loss)}
+            losses["memory_balance"] = self.balance * (rows_loss + columns_loss)
+        if self.core_penalty:
+            core = params["core"].astype(jnp.float32).sum(0)
+            values = jnp.linalg.svd(core, compute_uv=False)
+            over = jax.nn.relu(values[:, 1:] - self.core_threshold)
+            losses["memory_core"] = self.core_penalty * jnp.square(over).mean()
         metrics = {"score": ctx.mean(chosen.scores.sum(-1)).mean()}
         return y, Aux(losses, metrics, {"u": u, "v": v})
 

@@ -408,6 +408,20 @@ def test_each_layer_writes_to_its_window_of_the_ring() -> None:
             assert set(touched) <= set(seen) and len(touched) > 5
 
 
+def test_the_core_is_drawn_to_rank_one() -> None:
+    table = MemoryTable(rows=16, dim=6, slices=2, reads=2)
+    layer = UltraMem(dim=5, key_dim=4, top_k=2, rank=3, num_heads=2, core_penalty=2.0, table=table)
+    params = layer.init(jax.random.key(0))
+    x = jnp.ones((1, 2, 5))
+    _, aux, grads, _ = gradients(layer, params, x, jnp.zeros_like(x))
+    values = np.linalg.svd(np.asarray(params["core"], np.float64).sum(0), compute_uv=False)
+    expected = 2.0 * np.square(np.maximum(values[:, 1:] - 0.15, 0)).mean()
+    close(aux.losses["memory_core"], expected)
+    nearer = params["core"] - 0.01 * grads["core"]
+    smaller = np.linalg.svd(np.asarray(nearer, np.float64).sum(0), compute_uv=False)
+    assert (smaller[:, 1] < values[:, 1]).all()
+
+
 def test_padding_is_left_out_of_the_balance() -> None:
     layer, params, x, _ = ring(shared=False)
     segments = jnp.ones(x.shape[:2], jnp.int32).at[:, 5:].set(0)
@@ -599,6 +613,10 @@ V1: dict[str, Any] = {"dim": 10, "key_dim": 4, "top_k": 3}
         (lambda: dataclasses.replace(TABLE, dim=7), "dim: 7; need a multiple of slices 2"),
         (lambda: UltraMem(**V1, table=TABLE), "table.rows: 75; need a square"),
         (lambda: UltraMem(**V1, table=TABLE, expand=3), "expand: 3; need a square"),
+        (
+            lambda: UltraMemV2(**V1, table=TABLE, rank=1, core_penalty=0.1),
+            "core_penalty: 0.1; a core of rank 1 has none",
+        ),
         (lambda: UltraMemV2(**V1, table=TABLE, share_ratio=0), "share_ratio: 0; need 0 < "),
         (lambda: UltraMemV2(**V1, table=TABLE, num_layers=4), "table.rows: 75; need a multiple"),
         (lambda: UltraMemV2(**V1 | {"top_k": 9}, table=TABLE), "top_k: 9; need at most 8"),

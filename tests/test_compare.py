@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from bestiary.__main__ import main
-from bestiary.eval import compare
+from bestiary.eval import compare_runs
 from bestiary.eval.accounting import account
 from bestiary.eval.compare_members import _TABLES, MEMBERS, sized
-from bestiary.eval.compare_report import paired, spread, t975
+from bestiary.eval.compare_report import tables
+from bestiary.eval.compare_statistics import paired, spread, t975
 from bestiary.eval.routing import skewed
 from bestiary.layers.router import Router
 from bestiary.train import run
@@ -174,6 +175,17 @@ def test_report(finished: Path) -> None:
     assert (finished / "comparison.png").stat().st_size > 10_000
 
 
+def test_modelled_times_are_shown_and_what_failed_is_said(finished: Path) -> None:
+    comparison = json.loads((finished / "comparison.json").read_text()) | {"topology": "v5e:2x2"}
+    dense, switch = comparison["members"]
+    dense["modelled_step_seconds"], switch["modelled_step_seconds"] = 0.0125, "ValueError: no"
+    _, cost, routing, failed = tables(comparison)
+    assert cost.columns[-1] == "ms on v5e:2x2"
+    assert [row[-1] for row in cost.rows] == ["12.500", "-"]
+    assert [row[0] for row in routing.rows] == ["switch"]
+    assert failed.rows == [["switch", "v5e:2x2", "ValueError: no"]]
+
+
 def test_members_differ_in_nothing_but_the_model(finished: Path) -> None:
     for seed in ("seed-0", "seed-1"):
         dense, switch = (
@@ -187,7 +199,7 @@ def test_a_finished_comparison_is_only_reported_again(
     finished: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished / "comparison.json").read_text()
-    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(compare_runs, "train", lambda *a: pytest.fail("trained again"))
     assert main(words("switch,dense", text, finished, "--minutes", "1e-5", "--seeds", "2")) == 0
     assert (finished / "comparison.json").read_text() == before
 
@@ -195,7 +207,7 @@ def test_a_finished_comparison_is_only_reported_again(
 def test_stopped_goes_on_and_a_failing_member_is_reported(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    out, real, made = tmp_path / "out", compare.train, []
+    out, real, made = tmp_path / "out", compare_runs.train, []
 
     def train(experiment: Any, name: str) -> Path:
         made.append((name, experiment.seed))
@@ -205,7 +217,7 @@ def test_stopped_goes_on_and_a_failing_member_is_reported(
             raise Interrupted(15, "stopped by SIGTERM")
         return real(experiment, name)
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare_runs, "train", train)
     monkeypatch.setattr(run, "_sample", lambda *a: None)
     command = words("dense,switch", text, out, "--steps", "2", "--seeds", "1")
     assert main(command) == 128 + 15

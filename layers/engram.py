@@ -132,23 +132,22 @@ class Engram(Layer):
         cache `last`.
         """
         segments = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
+
+        def back(a: Array, d: int) -> Array:
+            return jnp.pad(a, ((0, 0), (d, 0)), constant_values=NONE)[:, : a.shape[1]]
+
         found = [tokens]
         for d in range(1, self.max_n):
-            at = positions - d
-
-            def before(a: Array, d: int = d) -> Array:
-                return jnp.pad(a, ((0, 0), (d, 0)), constant_values=NONE)[:, : a.shape[1]]
-
-            fits = (at >= 0) & (before(positions) == at) & (before(segments) == segments)
-            token = jnp.where(fits, before(tokens), NONE)
+            at, token = positions - d, NONE
             if last is not None:
                 slot = at % (self.max_n - 1)
                 old = {name: jnp.take_along_axis(a, slot, 1) for name, a in last.items()}
                 fits = (at >= 0) & (old["position"] == at)
                 if segment_ids is not None:
                     fits &= old["segment"] == segments
-                token = jnp.where(fits, old["k"], token)
-            found.append(token)
+                token = jnp.where(fits, old["k"], NONE)
+            fits = (at >= 0) & (back(positions, d) == at) & (back(segments, d) == segments)
+            found.append(jnp.where(fits, back(tokens, d), token))
         return jnp.stack(found, -1)
 
     def addresses(self, suffixes: Array) -> Array:

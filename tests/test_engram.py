@@ -118,6 +118,17 @@ def test_prefill_and_decode_equal_the_whole(sizes: list[int]) -> None:
     assert cache["last"]["k"].shape == (3, LAYER.max_n - 1)
 
 
+def test_a_position_written_anew_is_read_anew() -> None:
+    """As a rejected draft would leave it: positions 1 and 2 come a second time."""
+    whole = LAYER.suffixes(TOKENS[:, :3], jnp.arange(3)[None].repeat(3, 0), None)
+    other = TOKENS[:, :3].at[:, 1:].add(1) % VOCAB
+    ctx = Context(positions=jnp.arange(3)[None].repeat(3, 0), tokens=other)
+    _, cache, _ = APPLY(PARAMS, X[:, :3], ctx, LAYER.init_cache(3, LENGTH))
+    again = jnp.arange(1, 3)[None].repeat(3, 0)
+    found = LAYER.suffixes(TOKENS[:, 1:3], again, None, cache["last"])
+    np.testing.assert_array_equal(found, whole[:, 1:])
+
+
 @pytest.mark.parametrize("pad", [(3, 0), (0, 3)], ids=["left", "right"])
 def test_padding_of_a_prompt_is_not_remembered(pad: tuple[int, int]) -> None:
     """Two tokens and padding, then two more: as four in a row."""

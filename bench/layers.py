@@ -5,8 +5,8 @@
 
 A layer and its peer (bench/peers.py) take turns in processes of their own, 2 threads each. Before
 any timing, outputs and all gradients are compared; "difference" is the largest, relative to the
-norm of the array. Near-ties of a top-k may go another way in the other program, which shows as a
-difference of about 1e-3.
+norm of the array: about 1e-6 by rounding, and up to 1e-2 where near-ties of a top-k among many go
+another way in the other program (with few tokens there are none).
 """
 
 import argparse
@@ -48,7 +48,7 @@ from bestiary.zoo.ling import ling_ffn
 from bestiary.zoo.llama import swiglu
 from bestiary.zoo.mixtures import olmoe_ffn
 
-TOLERANCE = 5e-3
+TOLERANCE = 1e-2
 Arrays = dict[str, Any]
 Peer = Callable[[Any, Arrays, Tensor], Tensor]
 Step = Callable[[], Arrays]

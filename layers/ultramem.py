@@ -110,7 +110,6 @@ class UltraMem(Layer):
         slices, width = self.table.slices, self.table.dim // self.table.slices
         draw = normal(kd**-0.5)
         gain = constant(kd**self.norm_power)
-        ids = n * n
         spec: Tree = {
             "query": Param((self.dim, 2, kd), ("embed", None, None), draw, inputs=1),
             "query_norm": Param((kd,), (None,), gain),
@@ -120,12 +119,12 @@ class UltraMem(Layer):
             "u": Param((h, r), (None, None), ones, trainable=False),
             "v": Param((h, r), (None, None), ones, trainable=False),
             "shuffle": Param(
-                (ids,),
+                (n * n,),
                 (None,),
                 lambda key, shape, dtype: jax.random.permutation(key, shape[0]).astype(dtype),
                 jnp.int32,
                 trainable=False,
-                active=h * self.top_k / ids,
+                active=h * self.top_k / n**2,
             ),
             "out": Param(
                 (self.expand, slices, width, self.dim),
@@ -240,8 +239,8 @@ class UltraMemV2(UltraMem):
     def entries(
         self, params: Tree, table: Tree, x: Array, rows: Array, scores: Array, ctx: Context
     ) -> tuple[Array, Array]:
-        layer = jnp.asarray(ctx.layer.get("memory_layer", 0), jnp.int32)
-        rows = (rows + layer * (self.table.rows // self.num_layers)) % self.table.rows
+        index = jnp.asarray(ctx.layer.get("memory_layer", 0), jnp.int32)
+        rows = (rows + index * (self.table.rows // self.num_layers)) % self.table.rows
         z = dot("bsd,de->bse", x, params["pre"], dtype=jnp.float32)
         pre = dot_rows(table["pre"], rows, z[:, :, None, None])[..., 0]
         if self.pre_activation is not None:

@@ -35,8 +35,9 @@ def with_four_memories(model: Decoder, memory: Layer, first: int) -> Decoder:
     assert isinstance(block, Block)
     beside = replace(block, ffn=Parallel(layers=(block.ffn, memory)))
     groups = Repeat(block=Chain(layers=(beside, block, block, block)), n=4)
-    ends = Repeat(block=block, n=first), groups, Repeat(block=block, n=max(stack.n - 16 - first, 1))
-    blocks = ends if first + 16 < stack.n else ends[:2]
+    blocks = (Repeat(block=block, n=first), groups)
+    if left := stack.n - first - 16:
+        blocks += (Repeat(block=block, n=left),)
     return replace(model, blocks=Chain(layers=blocks))
 
 

@@ -19,7 +19,7 @@ class Import:
     """Makes a run of a Hugging Face folder: one checkpoint, and an experiment that continues it."""
 
     folder: Annotated[str, tyro.conf.Positional]
-    """Folder with config.json and safetensors files (Llama, Gemma-2)."""
+    """Folder with config.json and safetensors files of a known `model_type`."""
     out: str
     """The run directory to make."""
 

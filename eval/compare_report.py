@@ -112,9 +112,10 @@ accuracy in points; the members of one seed see the same rows in the same order.
 member is from the dense one's budget.
 
 Cost: active parameters (with the declared sparsity) and all; FLOPs of training per token; bytes per
-decoded token; non-zero activations, measured on the held-out rows; tokens/s of training here;
-seconds of a run here, compilation and evaluation included; where a TPU is named, modelled
-milliseconds of a training step, in bfloat16.
+decoded token; non-zero activations, measured on the held-out rows in the feed-forwards that report
+them (experts and memories do not); tokens/s of training here; seconds of a run here, compilation
+and evaluation included; where a TPU is named, modelled milliseconds of a training step, in
+bfloat16.
 
 Routing: share of the choices that were dropped, largest over mean load, in the mean over layers and
 in the worst one, and entropy of the load as a share of that of equal loads; of training batches.

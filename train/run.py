@@ -167,7 +167,6 @@ class _Loop:
         if "data" in self.run:
             batches.set_state(self.run["data"])
         position, batch = batches.get_state(), self._put(next(batches))
-        # the first talk between processes may add to JAX's tracing context: not between two steps
         self._hear()
         total, every = self._total(), experiment.evaluation.every
         while self.issued < clock.total and not self.stop:

@@ -4,6 +4,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+
+# New versions add to the tracing context when this is first imported, as kernels do while they are
+# traced: the second call of a program would then be traced and compiled again.
+import jax.experimental.pallas.tpu
 import jax.numpy as jnp
 import jax.sharding as js
 import optax

@@ -47,10 +47,10 @@ def tables(comparison: Found) -> list[Table]:
         [
             [
                 member["name"],
-                f"{member['active_params']:,}",
-                f"{member['total_params']:,}",
-                f"{member['train_flops_per_token']:,.0f}",
-                f"{member['decode_bytes_per_token']:,.0f}",
+                _short(member["active_params"]),
+                _short(member["total_params"]),
+                _short(member["train_flops_per_token"]),
+                _short(member["decode_bytes_per_token"]),
                 _spread(member.get("nonzero"), ".1%"),
                 _spread(member.get("tokens_per_second"), ",.0f"),
                 _spread(member.get("seconds"), ",.1f"),
@@ -83,6 +83,14 @@ def tables(comparison: Found) -> list[Table]:
         if isinstance(said := member.get("modelled_step_seconds"), str):
             failures.append([member["name"], str(topology), said])
     return [*found, Table("Failed", ("member", "run", "error"), failures)] if failures else found
+
+
+def _short(count: float) -> str:
+    for unit in ("", "k", "M"):
+        if count < 999.5:
+            return f"{count:.4g}{unit}"
+        count /= 1000
+    return f"{count:,.1f}G"
 
 
 def _spread(found: Found | None, style: str) -> str:

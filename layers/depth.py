@@ -82,11 +82,15 @@ class MixtureOfDepths(Layer):
         real = jnp.ones(r.shape, bool) if ctx.segment_ids is None else ctx.segment_ids > 0
         _, best = jax.lax.top_k(jnp.where(real, r, -jnp.inf), self.passing(x.shape[1]))
         best = jnp.sort(best)  # in the order of the sequence
-        segments = ctx.segment_ids
+
+        def of_the_best(v: Array | None) -> Array | None:
+            return None if v is None else jnp.take_along_axis(v, best, 1)
+
         here = replace(
             ctx,
-            positions=jnp.take_along_axis(positions, best, 1),
-            segment_ids=None if segments is None else jnp.take_along_axis(segments, best, 1),
+            positions=of_the_best(positions),
+            segment_ids=of_the_best(ctx.segment_ids),
+            tokens=of_the_best(ctx.tokens),
         )
         inside = jnp.take_along_axis(x, best[..., None], 1)
         y, _, aux = self.block.apply(params["block"], inside, here)

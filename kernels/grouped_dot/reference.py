@@ -50,7 +50,7 @@ def matrices(x: Array, dy: Array, sizes: Array) -> Array:
 def block_size(num_rows: int, num_groups: int) -> int:
     """Rows multiplied at once: about half a group, so that little is computed in vain."""
     half = num_rows // (2 * num_groups)
-    return min(128, max(8, 1 << half.bit_length()))
+    return min(128, max(8, 1 << (half.bit_length() - 1)))
 
 
 def _rows(x: Array, sizes: Array, width: int, product: Callable[[Array, Array], Array]) -> Array:

@@ -46,8 +46,8 @@ def matrices(x: Array, dy: Array, sizes: Array) -> Array:
 
 def block_size(num_rows: int, num_groups: int) -> int:
     """Rows multiplied at once: about a quarter of a group, so that little is computed in vain."""
-    half = num_rows // (2 * num_groups)
-    return min(128, max(8, 1 << (half.bit_length() - 2)))
+    quarter = max(1, num_rows // (4 * num_groups))
+    return min(128, max(8, 1 << quarter.bit_length() - 1))
 
 
 def _rows(

@@ -15,7 +15,7 @@ from bestiary.layers.base import Array, Context
 
 def counts(chosen: Array, ctx: Context) -> Array:
     """Tokens of each expert: chosen bool [batch, seq, num_experts] -> float32 [num_experts]."""
-    return _real(chosen, ctx).sum((0, 1))
+    return ctx.without_padding(chosen.astype(jnp.float32)).sum((0, 1))
 
 
 def load_balance(
@@ -29,13 +29,12 @@ def load_balance(
     batch) to f.
     """
     num_experts = p.shape[-1]
-    real = _grouped(_real(jnp.ones(p.shape[:2]), ctx), groups)
-    counted = _grouped(_real(chosen, ctx), groups).sum(1)
+    tokens = _grouped(ctx.real(p), groups).sum(1)
+    counted = _grouped(ctx.without_padding(chosen.astype(jnp.float32)), groups).sum(1)
     if before is not None:
         counted += before
     share = counted / jnp.maximum(counted.sum(-1, keepdims=True), 1)
-    tokens = jnp.maximum(real.sum(1), 1)
-    mean = _grouped(_real(p, ctx), groups).sum(1) / tokens[:, None]
+    mean = _grouped(ctx.without_padding(p), groups).sum(1) / jnp.maximum(tokens, 1)[:, None]
     return num_experts * (mean * jax.lax.stop_gradient(share)).sum(-1).mean()
 
 
@@ -112,15 +111,6 @@ def load_metrics(load: Array) -> dict[str, Array]:
     share = load / jnp.maximum(load.sum(), 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share)) / math.log(load.size)
     return {"load_max": share.max() * load.size, "load_entropy": entropy}
-
-
-def _real(x: Array, ctx: Context) -> Array:
-    """x [batch, seq, ...] as float32 with 0 at padding."""
-    x = x.astype(jnp.float32)
-    if ctx.segment_ids is None:
-        return x
-    real = ctx.segment_ids > 0
-    return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
 def _grouped(x: Array, groups: int) -> Array:

@@ -167,8 +167,16 @@ class Context:
         """Mean over the tokens that are not padding: [batch, seq, ...] -> float32 [...]."""
         if self.segment_ids is None:
             return x.mean((0, 1), dtype=jnp.float32)
-        real = jnp.expand_dims(self.segment_ids > 0, range(2, x.ndim))
-        return jnp.where(real, x, 0).sum((0, 1), dtype=jnp.float32) / jnp.maximum(real.sum(), 1)
+        total = self.without_padding(x).sum((0, 1), dtype=jnp.float32)
+        return total / jnp.maximum(self.real(x).sum(), 1)
+
+    def real(self, x: Array) -> Array:
+        """Which tokens of x [batch, seq, ...] are not padding: bool [batch, seq]."""
+        return jnp.ones(x.shape[:2], bool) if self.segment_ids is None else self.segment_ids > 0
+
+    def without_padding(self, x: Array) -> Array:
+        """x [batch, seq, ...] with 0 at padding."""
+        return jnp.where(jnp.expand_dims(self.real(x), range(2, x.ndim)), x, 0)
 
 
 @jax.tree_util.register_dataclass

@@ -265,12 +265,10 @@ def neighbours(x: Array, ctx: Context) -> Array:
 def chunk_sums(x: Array, ctx: Context, size: int) -> tuple[Array, Array]:
     """Sums of x [batch, seq, ...] over the chunks of every row, of which there are at most seq, and
     their tokens int32 [batch, seq]: 0 where there is no further chunk."""
-    batch, length = x.shape[:2]
-    real = jnp.ones((batch, length), bool) if ctx.segment_ids is None else ctx.segment_ids > 0
+    length = x.shape[1]
     begins = jnp.pad(~neighbours(x, ctx), ((0, 0), (1, 0)), constant_values=True)
     place = jnp.arange(length)
     offset = place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
     chunk = jnp.cumsum(offset % size == 0, 1) - 1
     add = jax.vmap(partial(jax.ops.segment_sum, num_segments=length))
-    expand = real.reshape(*real.shape, *(1,) * (x.ndim - 2))
-    return add(jnp.where(expand, x, 0), chunk), add(real.astype(jnp.int32), chunk)
+    return add(ctx.without_padding(x), chunk), add(ctx.real(x).astype(jnp.int32), chunk)

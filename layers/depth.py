@@ -79,8 +79,7 @@ class MixtureOfDepths(Layer):
             y, cache, aux = self.block.apply(params["block"], x, here, cache)
             gate = jnp.maximum(r, 0)[..., None].astype(x.dtype)
             return x + gate * (y - x), cache, Aux.join(block=aux)
-        real = jnp.ones(r.shape, bool) if ctx.segment_ids is None else ctx.segment_ids > 0
-        _, best = jax.lax.top_k(jnp.where(real, r, -jnp.inf), self.passing(x.shape[1]))
+        _, best = jax.lax.top_k(jnp.where(ctx.real(r), r, -jnp.inf), self.passing(x.shape[1]))
         best = jnp.sort(best)  # in the order of the sequence
 
         def of_the_best(v: Array | None) -> Array | None:

@@ -268,8 +268,7 @@ def balance(side: Side, ctx: Context) -> Array:
     key i is."""
     n = side.merged.shape[-1]
     p = ctx.mean(jax.nn.softmax(side.merged, -1)).mean(0)
-    real = jnp.ones(side.merged.shape[:2]) if ctx.segment_ids is None else ctx.segment_ids > 0
-    real = jnp.broadcast_to(real[..., None, None], side.candidates.shape).astype(jnp.float32)
+    real = ctx.without_padding(jnp.ones(side.candidates.shape))
     f = jnp.zeros(n).at[side.candidates].add(real)
     return n * (p * f).sum() / jnp.maximum(f.sum(), 1)
 

@@ -26,6 +26,7 @@ from bestiary.layers.base import (
     is_param,
     layer,
     map_params,
+    params_of,
 )
 from bestiary.layers.router import Router, Routing
 from bestiary.layers.sharding import pspec, use_rules
@@ -84,9 +85,7 @@ class MoE(Layer):
         if self.path == "masked":
             return cost
         n, k = self.router.num_experts, self.router.top_k
-        one = sum(
-            (p.cost().flops for p in jax.tree.leaves(self.expert.declare(), is_leaf=is_param)), 0.0
-        )
+        one = sum(p.cost().flops for p in params_of(self.expert.declare()))
         return replace(cost, flops=cost.flops - (n - k) * one)
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
@@ -193,7 +192,7 @@ def _local(
     k = routing.experts.shape[-1]
     experts = routing.experts.reshape(-1)
     order = argsort(experts)  # "none" comes last
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+    back = inverse(order)
     copies = jnp.repeat(x.reshape(-1, x.shape[-1]), k, 0)
     compute = _exchanged if ways else _grouped
     outputs = compute(
@@ -207,6 +206,11 @@ def argsort(x: Array) -> Array:
     """Stable `jnp.argsort`, which forgets that its result differs over the mesh as x does."""
     keys, places = vary_alike(x, jnp.arange(x.size))
     return jax.lax.sort_key_val(keys, places)[1]
+
+
+def inverse(order: Array) -> Array:
+    """The permutation that undoes `order`."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
 
 
 def permute(x: Array, order: Array, back: Array) -> Array:
@@ -284,8 +288,10 @@ def _exchanged(
     arrived = send(rows, 0).reshape(-1, dim)
     local = send(experts % here, here).reshape(-1)
     order = argsort(local)
-    outputs = _grouped(expert, declared, params, arrived[order], local[order], here)
-    back = jnp.zeros_like(outputs).at[order].set(outputs)
+    again = inverse(order)
+    arrived = permute(arrived, order, again)
+    outputs = _grouped(expert, declared, params, arrived, local[order], here)
+    back = permute(outputs, again, order)
     back = jax.lax.all_to_all(back.reshape(devices, n, -1), ways, 0, 0, tiled=True)
     back = back.reshape(devices * n, -1)
     return jnp.take(back, place, axis=0, mode="fill", fill_value=0)

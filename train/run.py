@@ -167,7 +167,6 @@ class _Loop:
         if "data" in self.run:
             batches.set_state(self.run["data"])
         position, batch = batches.get_state(), self._put(next(batches))
-        self._hear()
         total, every = self._total(), experiment.evaluation.every
         while self.issued < clock.total and not self.stop:
             before = time.monotonic()
@@ -204,23 +203,20 @@ class _Loop:
         return state
 
     def _agree(self) -> bool:
-        """Fits the length of the run and hears signals, alike in all processes."""
+        """Hears signals and fits the length of the run, alike in all processes."""
+        several = jax.process_count() > 1
         total = self.clock.total
         interval = min(self.experiment.log_every, max(1, total // 100))
         due = self.clock.open or self.issued % interval == 0
         if due and self.issued < total:
             self.clock.fit(self.issued)
-        if due or jax.process_count() == 1:
-            self._hear()
-        return self.clock.total != total
-
-    def _hear(self) -> None:
-        """Takes the first process's length of the run, and a signal that any process got."""
-        self.stop = self.signals.number
-        if jax.process_count() > 1:
-            mine = np.array([self.clock.total, self.stop], np.int32)
+        if several and due:
+            mine = np.array([self.clock.total, self.signals.number], np.int32)
             everyone = multihost_utils.process_allgather(mine)
             self.clock.total, self.stop = int(everyone[0, 0]), int(everyone[:, 1].max())
+        elif not several:
+            self.stop = self.signals.number
+        return self.clock.total != total
 
     def _settle(self, keep: int, validation_loss: float | None = None) -> None:
         """Waits until at most `keep` steps are unfinished and reports those that are due."""

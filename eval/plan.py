@@ -20,6 +20,7 @@ from bestiary.eval import topology as tpu
 from bestiary.eval.plan_programs import compile_task, decode_step, prefill, training_step
 from bestiary.eval.plan_report import Level, Plan, print_plan
 from bestiary.eval.topology import Topology
+from bestiary.kernels.dispatch import axis_names
 from bestiary.layers.base import DTypeName, flatten
 from bestiary.layers.repeat import Remat
 from bestiary.layers.sharding import pspec
@@ -118,7 +119,7 @@ def _check_divides(experiment: Experiment, mesh: js.Mesh) -> None:
         for path, param in flatten(experiment.model.declare()):
             spec = pspec(*param.axes, mesh=mesh) or ()
             for size, axis, entry in zip(param.shape, param.axes, spec, strict=False):
-                names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+                names = axis_names(entry)
                 shards = math.prod(mesh.shape[name] for name in names)
                 if size % shards:
                     raise ValueError(

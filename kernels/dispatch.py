@@ -118,7 +118,7 @@ def why_not_sharded(
         raise ValueError(f"spec must have at most {len(shape)} entries (shape {shape}); got {spec}")
     whole = [dim % len(shape) for dim in whole]
     for dim, entry in enumerate(spec):
-        names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
+        names = axis_names(entry)
         if unknown := [name for name in names if name not in axes]:
             raise ValueError(f"spec must name mesh axes {tuple(axes)}; got {unknown[0]!r}")
         shards = math.prod(axes[name] for name in names)
@@ -127,6 +127,11 @@ def why_not_sharded(
         if shape[dim] % shards:
             return f"dimension {dim} of {shape} does not divide into {shards} shards over {names}"
     return None
+
+
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def vary_alike(*args: jax.Array) -> tuple[jax.Array, ...]:

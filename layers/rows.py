@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from bestiary.kernels.dispatch import on_shards, vary_alike, why_not_sharded
+from bestiary.kernels.dispatch import axis_names, on_shards, vary_alike, why_not_sharded
 from bestiary.layers.sharding import pspec
 
 Array = jax.Array
@@ -108,7 +108,7 @@ def _sharded(local: Callable[..., Array], out: str, **arrays: Array) -> Array:
     claimed = pspec("memory", "batch", "seq")  # the columns claim their axes first
     if claimed is None:
         return whole(**arrays)
-    memory, batch, seq = map(_names, claimed)
+    memory, batch, seq = map(_several, claimed)
     specs = {
         "table": P(None, None, memory),
         "rows": P(batch, seq),
@@ -124,11 +124,10 @@ def _sharded(local: Callable[..., Array], out: str, **arrays: Array) -> Array:
     return on_shards(run, [specs[name] for name in arrays], specs[out])(*arrays.values())
 
 
-def _names(entry: Any) -> Names:
+def _several(entry: Any) -> Names:
     """The mesh axes of a spec's entry that have several devices."""
-    names = (entry,) if isinstance(entry, str) else entry or ()
     shape = jax.sharding.get_abstract_mesh().shape
-    return tuple(name for name in names if shape[name] > 1)
+    return tuple(name for name in axis_names(entry) if shape[name] > 1)
 
 
 Saved = tuple[Array, Array, Array]

@@ -122,7 +122,7 @@ class MLA(Layer):
     ) -> tuple[Array, Tree, Aux]:
         """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
         positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
-        q = self.queries(params, x, positions)
+        q = self.queries(params, self.query_latent(params, x), positions)
         latents = self.latents(params, x, positions)
         segments = ctx.segment_ids
         if cache is None:
@@ -145,12 +145,16 @@ class MLA(Layer):
             y = attend(params, q, cache["k"].astype(x.dtype), where)
         return project("bsnh,nhd->bsd", y, params, "out"), cache, Aux()
 
-    def queries(self, params: Tree, x: Array, positions: Array) -> Array:
+    def query_latent(self, params: Tree, x: Array) -> Array:
+        """What queries are projected from: [batch, seq, q_rank], or x itself."""
+        if self.q_rank is None:
+            return x
+        x = project("bsd,dr->bsr", x, params, "query_down")
+        return RMSNorm(dim=self.q_rank, eps=self.norm_eps).apply(params["query_norm"], x)
+
+    def queries(self, params: Tree, latent: Array, positions: Array) -> Array:
         """[batch, seq, heads, nope_dim + rope_dim], the second part rotated."""
-        if self.q_rank is not None:
-            x = project("bsd,dr->bsr", x, params, "query_down")
-            x = RMSNorm(dim=self.q_rank, eps=self.norm_eps).apply(params["query_norm"], x)
-        q = project("bsd,dnh->bsnh", x, params, "query", out=HEADS)
+        q = project("bsd,dnh->bsnh", latent, params, "query", out=HEADS)
         rotated = self.rope.apply(q[..., self.nope_dim :], positions)
         return jnp.concatenate((q[..., : self.nope_dim], rotated), -1)
 

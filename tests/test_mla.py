@@ -141,7 +141,10 @@ def test_both_forms_are_one_function_and_the_cheaper_one_is_taken() -> None:
     @jax.jit
     def both(params: Any) -> tuple[jax.Array, jax.Array]:
         positions = jnp.arange(LENGTH)[None]
-        q, latents = layer.queries(params, X, positions), layer.latents(params, X, positions)
+        q, latents = (
+            layer.queries(params, layer.query_latent(params, X), positions),
+            layer.latents(params, X, positions),
+        )
         forms = layer.absorbed, layer.expanded
         one, other = (form(params, q, latents, where) for form in forms)
         return one, other

@@ -134,6 +134,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 ELSEWHERE = {
+    "deepseek_mtp": DEEPSEEK | {"num_nextn_predict_layers": 1},
     "ling": LING,
     "minicpm": MINICPM,
     "minicpm_grouped": MINICPM | {"attention_type": "vanilla", "num_key_value_heads": 2},
@@ -210,6 +211,88 @@ def test_logits_are_theirs_both_ways(name: str, transformers: Any, tmp_path: Pat
         close(logits(model, params), again(torch.tensor(TOKENS)).logits.numpy())
     assert hf.model_from_config(hf.read_config(tmp_path / "out")) == model
     same(hf.read(tmp_path / "out", model), params)
+
+
+FURTHER = "model.layers.3."
+COPIES = {
+    f"{FURTHER}embed_tokens.weight": "model.embed_tokens.weight",
+    f"{FURTHER}shared_head.head.weight": "lm_head.weight",
+}
+
+
+def test_deepseeks_further_layer_is_as_theirs(transformers: Any, tmp_path: Path) -> None:
+    """The block by transformers, as a fourth layer; what is around it by hand."""
+    import torch
+
+    torch.manual_seed(0)
+    four = transformers.AutoConfig.for_model(**DEEPSEEK | {"num_hidden_layers": 4})
+    theirs = transformers.AutoModelForCausalLM.from_config(four, **EAGER).eval()
+    with torch.no_grad():
+        for x in theirs.state_dict().values():
+            x += 0.2 * torch.randn_like(x)
+    theirs.save_pretrained(tmp_path / "four")
+    tensors = dict(load_file(tmp_path / "four" / "model.safetensors"))
+    around: dict[str, Any] = {
+        name: 0.5 + 0.2 * torch.randn(24) for name in ("enorm", "hnorm", "shared_head.norm")
+    }
+    around["eh_proj"] = 0.3 * torch.randn(24, 48)
+    tensors |= {f"{FURTHER}{name}.weight": x.numpy() for name, x in around.items()}
+    tensors |= {copy: tensors[name].copy() for copy, name in COPIES.items()}
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    config = DEEPSEEK | {"num_nextn_predict_layers": 1}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+
+    def norm(x: Any, name: str) -> Any:
+        return around[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    tokens, following = torch.tensor(TOKENS), torch.tensor(np.roll(TOKENS, -1, 1))
+    further, theirs.model.layers = theirs.model.layers[3], theirs.model.layers[:3]
+    theirs.config.num_hidden_layers = 3
+    with torch.no_grad():
+        hidden = theirs.model(tokens).last_hidden_state
+        embedded = theirs.model.embed_tokens(following)
+        x = torch.cat((norm(embedded, "enorm"), norm(hidden, "hnorm")), -1) @ around["eh_proj"].T
+        angles = theirs.model.rotary_emb(x, torch.arange(11)[None])
+        mask = torch.full((11, 11), -torch.inf).triu(1)[None, None]
+        x = further(x, attention_mask=mask, position_embeddings=angles)
+        expected = theirs.lm_head(norm(x, "shared_head.norm")).numpy()
+
+    model = hf.model_from_config(hf.read_config(tmp_path / "in"))
+    params = hf.read(tmp_path / "in", model)
+
+    @jax.jit
+    def run(params: Any) -> jax.Array:
+        x, _, _ = model.hidden(params, TOKENS)
+        return model.logits(params, model.further(params, x, jnp.asarray(following))[0])
+
+    close(run(params), expected)
+    hf.write(tmp_path / "out", model, params)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    assert hf.model_from_config(hf.read_config(tmp_path / "out")) == model
+
+
+def test_copies_in_deepseeks_further_layer_may_be_missing_but_not_differ(tmp_path: Path) -> None:
+    model = edited(tmp_path / "in", DEEPSEEK | {"num_nextn_predict_layers": 1})
+    same(hf.read(tmp_path / "in", model), random_params(model))
+    for i, (copy, name) in enumerate(COPIES.items()):
+        folder = tmp_path / str(i)
+        edited(folder, DEEPSEEK | {"num_nextn_predict_layers": 1}, **{copy: np.zeros((37, 24))})
+        with refused(str(folder), f"{copy}: differs from {name}; need equal tensors"):
+            hf.read(folder, model)
+
+
+def test_a_further_layer_that_is_counted_but_not_there(tmp_path: Path) -> None:
+    """As transformers saves it."""
+    model = edited(tmp_path / "in", DEEPSEEK)
+    config = json.dumps(DEEPSEEK | {"num_nextn_predict_layers": 1})
+    (tmp_path / "in" / "config.json").write_text(config)
+    assert hf.model_from_config(hf.read_config(tmp_path / "in")) == model
+    (tmp_path / "in" / "model.safetensors").unlink()  # the configuration alone
+    assert hf.model_from_config(hf.read_config(tmp_path / "in")).mtp is not None
 
 
 def ling_folder(folder: Path, golden: SimpleNamespace) -> dict[str, np.ndarray]:
@@ -378,7 +461,7 @@ def test_absent_entries_mean_what_transformers_assumes(
     kind: str, total: float, transformers: Any
 ) -> None:
     """Which are the published sizes, but for OLMoE's width of an expert."""
-    full = transformers.AutoConfig.for_model(kind).to_dict()
+    full = transformers.AutoConfig.for_model(kind).to_dict() | {"num_nextn_predict_layers": 0}
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     least = {name: full[name] for name in (*sizes, "num_hidden_layers", "model_type")}
     least |= {name: full[name] for name in ("moe_intermediate_size",) if name in full}
@@ -430,6 +513,11 @@ def test_what_no_family_expresses_is_refused(model: Decoder, culprit: str) -> No
         (DEEPSEEK, {"q_lora_rank": 0}, "q_lora_rank: 0"),
         (DEEPSEEK, {"num_key_value_heads": 2}, "num_key_value_heads: 2; need 4"),
         (DEEPSEEK, {"rope_scaling": YARN | {"mscale": "1"}}, "rope_scaling: mscale: '1'"),
+        (
+            DEEPSEEK,
+            {"num_nextn_predict_layers": 2},
+            "num_nextn_predict_layers: 2; need one of 0, 1",
+        ),
         (DEEPSEEK, {"n_shared_experts": 0}, "n_shared_experts: 0; need a positive integer"),
         (MINICPM, {"ffn_type": "vanilla"}, "ffn_type: 'vanilla'; need one of 'block_linear', 'blo"),
         (MINICPM, {"ffn_type": None}, "ffn_type: None"),

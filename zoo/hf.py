@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,34 @@ from bestiary.layers.base import Param, Tree, flatten, init, is_param
 from bestiary.zoo import shards
 from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.hf_config import Fields
-from bestiary.zoo.hf_families import Adapter
+from bestiary.zoo.hf_families import LAYER, Adapter
 from bestiary.zoo.hf_model import config_from_model, express
 from bestiary.zoo.hf_model import model_from_config as model_from_config
-from bestiary.zoo.hf_tensors import MTP_BLOCK, Tensor, family_tensors, layers_of
+from bestiary.zoo.hf_tensors import (
+    MTP_BLOCK,
+    Tensor,
+    copied_names,
+    family_tensors,
+    layers_of,
+)
 
 # older checkpoints store what the configuration says
 _REDUNDANT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The folder's `config.json`; ValueError when it is missing or malformed."""
-    return shards.read_json(Path(folder) / "config.json")
+    """The folder's `config.json`; ValueError when it is missing or malformed.
+
+    transformers leaves the layer for multi-token prediction out and counts it all the same: where
+    its weights are missing, `num_nextn_predict_layers` is 0.
+    """
+    config = shards.read_json(Path(folder) / "config.json")
+    if config.get("num_nextn_predict_layers") and shards.exist(folder):
+        further = LAYER.format(config.get("num_hidden_layers"))
+        with shards.open_tensors(folder) as stored:
+            if not any(name.startswith(further) for name in stored):
+                config["num_nextn_predict_layers"] = 0
+    return config
 
 
 def tokenizer_file(folder: str | os.PathLike) -> Path | None:
@@ -91,17 +108,19 @@ def write(
         if leaves[path].shape != param.shape:
             raise ValueError(f"params: {path}: shape {leaves[path].shape}; need {param.shape}")
 
+    tensors = [*tensors_of(model), *_copies_of(model)]
+
     def arrays() -> Iterator[np.ndarray]:
-        for paths, tensors in groupby(tensors_of(model), lambda tensor: tensor.paths):
+        for paths, group in groupby(tensors, lambda tensor: tensor.paths):
             # copies, because an array keeps every host value it once gave
             stacked = [np.asarray(leaves[path].copy()) for path in paths]
-            for tensor in tensors:
+            for tensor in group:
                 yield _cast(tensor.name, tensor.join(stacked), tensor.dtype)
 
     with new_folder(folder) as partial:
         text = json.dumps(config | tokens | extra, indent=2)
         (partial / "config.json").write_text(text + "\n")
-        layout = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors_of(model)}
+        layout = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
         shards.write_tensors(partial, layout, arrays(), shard_bytes)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / "tokenizer.json")
@@ -176,6 +195,13 @@ def tensors_of(model: Decoder) -> Iterator[Tensor]:
     return family_tensors(express(model)[0], model)
 
 
+def _copies_of(model: Decoder) -> Iterator[Tensor]:
+    """Tensors of the folder that repeat others."""
+    by_name = {tensor.name: tensor for tensor in tensors_of(model)}
+    for copy, name in copied_names(express(model)[0], model).items():
+        yield replace(by_name[name], name=copy)
+
+
 def _adapters(folder: str | os.PathLike, model: Decoder) -> dict[str, Adapter]:
     family, _ = express(model)
     if family.adapters is None:
@@ -217,17 +243,19 @@ def _compare(
 
 
 def _check_surplus(model: Decoder, stored: Mapping[str, shards.Stored], name: str) -> None:
-    """A tensor beside the declared ones may only repeat the embedding as the tied head, or be what
-    the family leaves unread."""
+    """A tensor beside the declared ones may only repeat another one, such as the embedding as the
+    tied head, or be what the family leaves unread."""
     family, _ = express(model)
-    after = layers_of(model)[MTP_BLOCK][0]
-    if family.unread and name.startswith(family.unread.format(after)):
+    after, names = layers_of(model)[MTP_BLOCK][0], family.names(model)
+    if model.mtp is None and family.unread and name.startswith(family.unread.format(after)):
         return
-    names = family.names(model)
-    if model.head is not None or name != names["head/weight"]:
+    copies = copied_names(family, model)
+    if model.head is None:
+        copies[str(names["head/weight"])] = str(names["embedding/table"])
+    if name not in copies:
         raise ValueError(f"{stored[name].file}: {name!r}: unexpected; the model has no such tensor")
-    if not np.array_equal(stored[name].read(), stored[str(names["embedding/table"])].read()):
-        raise ValueError(
-            f"{stored[name].file}: {name}: differs from {names['embedding/table']}; "
-            "need equal tensors or tie_word_embeddings false"
-        )
+    if not np.array_equal(stored[name].read(), stored[copies[name]].read()):
+        need = "equal tensors"
+        if name == names["head/weight"]:
+            need += " or tie_word_embeddings false"
+        raise ValueError(f"{stored[name].file}: {name}: differs from {copies[name]}; need {need}")

@@ -1,7 +1,5 @@
-"""DeepSeek-V3: latent attention, leading dense layers, mixtures with a selection bias.
-
-Its layer for multi-token prediction is left unread, as by transformers.
-"""
+"""DeepSeek-V3: latent attention, leading dense layers, mixtures with a selection bias, and a layer
+for multi-token prediction."""
 
 import math
 from collections.abc import Mapping
@@ -19,13 +17,16 @@ from bestiary.layers.router import Router
 from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.hf_config import Fields, rope_entries, rope_from_fields
 from bestiary.zoo.hf_families import (
+    BLOCK_NAMES,
     BOOLEAN,
     LAYER,
+    MTP_NAMES,
     Family,
     activation_name,
     decoder_config,
     gated,
     part,
+    with_further,
 )
 from bestiary.zoo.hf_mixtures import (
     MIXTURE_NAMES,
@@ -47,6 +48,11 @@ LATENT_NAMES = {
     "blocks/mixer/key": f"{LAYER}self_attn.kv_b_proj.weight",
     "blocks/mixer/value": f"{LAYER}self_attn.kv_b_proj.weight",
     "blocks/mixer/out_bias": f"{LAYER}self_attn.o_proj.bias",
+}
+
+OWN_NAMES = {
+    "blocks/ffn/router/bias": f"{LAYER}mlp.gate.e_score_correction_bias",
+    "mtp/final_norm/weight": f"{LAYER}shared_head.norm.weight",
 }
 
 
@@ -85,12 +91,13 @@ def deepseek_decoder(f: Fields) -> Decoder:
         Repeat(block=Block(mixer=mixer, ffn=ffn, norm=norm), n=n) for ffn, n in ffns if n
     )
     vocab_size, tied = f.integer("vocab_size"), f.choice("tie_word_embeddings", BOOLEAN, False)
-    return Decoder(
+    model = Decoder(
         embedding=Embedding(vocab_size=vocab_size, dim=dim),
         blocks=Chain(layers=stacks) if num_dense else stacks[0],
         norm=norm,
         head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
     )
+    return with_further(f, model)
 
 
 def latent_attention(f: Fields) -> MLA:
@@ -178,15 +185,14 @@ def deepseek_config(model: Decoder) -> dict[str, Any]:
         "routed_scaling_factor": router.scale,
         "n_group": router.num_groups,
         "topk_group": router.top_groups,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": int(model.mtp is not None),
     }
 
 
 def deepseek_names(model: Decoder) -> Mapping[str, str | None]:
     direct = part(model.stacks[-1], "block.mixer", MLA).q_rank is None
     query = {"blocks/mixer/query": f"{LAYER}self_attn.q_proj.weight"} if direct else {}
-    bias = {"blocks/ffn/router/bias": f"{LAYER}mlp.gate.e_score_correction_bias"}
-    return MIXTURE_NAMES | LATENT_NAMES | query | bias
+    return MIXTURE_NAMES | LATENT_NAMES | query | MTP_NAMES | OWN_NAMES
 
 
 DEEPSEEK = Family(
@@ -194,7 +200,11 @@ DEEPSEEK = Family(
     architecture="DeepseekV3ForCausalLM",
     names=deepseek_names,
     by_head=(LATENT_NAMES["blocks/mixer/key"],),
-    unread=LAYER,  # multi-token prediction, which transformers leaves out as well
+    copies={
+        f"{LAYER}embed_tokens.weight": BLOCK_NAMES["embedding/table"],
+        f"{LAYER}shared_head.head.weight": BLOCK_NAMES["head/weight"],
+    },
+    unread=LAYER,
     decoder=deepseek_decoder,
     config=deepseek_config,
 )

@@ -5,7 +5,7 @@ parameter is called. `zoo/hf.py` does everything else from that.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,8 +45,11 @@ class Family:
     outputs, in this order. None: a state that is not stored and starts anew when read."""
     by_head: tuple[str, ...] = ()
     """Names whose parameters are joined within every head."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """With `Decoder.mtp`, tensors that repeat another one by name: written, and when they are there
+    compared; `{}` is the layer after the last."""
     unread: str | None = None
-    """How the names of tensors begin that no parameter stores; `{}` is the layer after the last."""
+    """Without it, how the names of tensors begin that are left unread; `{}` is the same."""
     adapters: Callable[[Fields], Mapping[str, Adapter]] | None = None
     """By name, where the entries say that tensors are stored otherwise; `{}` is the layer."""
     decoder: Callable[[Fields], Decoder]
@@ -79,6 +82,11 @@ BLOCK_NAMES = {
     "blocks/ffn/down": f"{LAYER}mlp.down_proj.weight",
     "norm/weight": "model.norm.weight",
     "head/weight": "lm_head.weight",
+}
+MTP_NAMES = {
+    "mtp/embedding_norm/weight": f"{LAYER}enorm.weight",
+    "mtp/hidden_norm/weight": f"{LAYER}hnorm.weight",
+    "mtp/project/weight": f"{LAYER}eh_proj.weight",
 }
 
 
@@ -115,6 +123,12 @@ def gated(f: Fields, activation: str, default: str, hidden: str = "intermediate_
         hidden=f.integer(hidden),
         activation=f.choice(activation, ACTIVATIONS, default),
     )
+
+
+def with_further(f: Fields, model: Decoder) -> Decoder:
+    """`model` as the entries say: with a layer for multi-token prediction, or without."""
+    further = f.choice("num_nextn_predict_layers", {0: False, 1: True}, 0)
+    return model.with_mtp() if further else model
 
 
 def decoder_config(model: Decoder) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from bestiary.zoo.hf_config import Fields, rope_from_fields
 from bestiary.zoo.hf_families import (
     BOOLEAN,
     LAYER,
+    MTP_NAMES,
     Family,
     attention_config,
     decoder_config,
     grouped_attention,
     heads_that_divide,
     part,
+    with_further,
 )
 from bestiary.zoo.hf_mixtures import (
     MIXTURE_NAMES,
@@ -65,8 +67,7 @@ def bailing_decoder(f: Fields) -> Decoder:
         eps=f.number("rms_norm_eps", 1e-6),
         tied=f.choice("tie_word_embeddings", BOOLEAN, False),
     )
-    further = f.choice("num_nextn_predict_layers", {0: False, 1: True}, 0)
-    return model.with_mtp() if further else model
+    return with_further(f, model)
 
 
 def bailing_config(model: Decoder) -> dict[str, Any]:
@@ -102,6 +103,7 @@ BAILING = Family(
     architecture="BailingMoeV2ForCausalLM",
     names=lambda model: (
         MIXTURE_NAMES
+        | MTP_NAMES
         | {
             "embedding/table": "model.word_embeddings.weight",
             "blocks/mixer/query": f"{LAYER}attention.query_key_value.weight",
@@ -111,9 +113,6 @@ BAILING = Family(
             "blocks/mixer/key_norm/weight": f"{LAYER}attention.key_layernorm.weight",
             "blocks/mixer/out": f"{LAYER}attention.dense.weight",
             "blocks/ffn/router/bias": f"{LAYER}mlp.gate.expert_bias",
-            "mtp/embedding_norm/weight": f"{LAYER}enorm.weight",
-            "mtp/hidden_norm/weight": f"{LAYER}hnorm.weight",
-            "mtp/project/weight": f"{LAYER}eh_proj.weight",
             "mtp/final_norm/weight": f"{LAYER}final_layernorm.weight",
         }
     ),

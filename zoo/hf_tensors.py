@@ -91,6 +91,15 @@ def family_tensors(family: Family, model: Decoder) -> Iterator[Tensor]:
             yield Tensor(name.format(*numbers), parts, index, int(name in family.by_head))
 
 
+def copied_names(family: Family, model: Decoder) -> dict[str, str]:
+    """Tensors of the layer for multi-token prediction that repeat another: name -> that one's."""
+    if model.mtp is None:
+        return {}
+    after, names = layers_of(model)[MTP_BLOCK][0], family.names(model)
+    tied = {names["head/weight"]: names["embedding/table"]} if model.head is None else {}
+    return {copy.format(after): str(tied.get(name, name)) for copy, name in family.copies.items()}
+
+
 def stored_params(family: Family, model: Decoder) -> dict[tuple[str, range], dict[str, Param]]:
     """The parameters that share a name in the same layers; ValueError for one without a name."""
     names, layers = family.names(model), layers_of(model)

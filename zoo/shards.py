@@ -50,6 +50,11 @@ class Stored:
         return self.reader.get_tensor(self.name)
 
 
+def exist(folder: str | os.PathLike) -> bool:
+    """Whether the folder says that it has weights."""
+    return any((Path(folder) / name).exists() for name in (SINGLE, INDEX))
+
+
 @contextmanager
 def open_tensors(folder: str | os.PathLike) -> Iterator[dict[str, Stored]]:
     """Context manager: the folder's tensors by name, headers read, data not.
@@ -60,7 +65,7 @@ def open_tensors(folder: str | os.PathLike) -> Iterator[dict[str, Stored]]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     single, index = folder / SINGLE, folder / INDEX
-    if not single.exists() and not index.exists():
+    if not exist(folder):
         raise ValueError(f"{folder}: no weights; need {SINGLE} or {INDEX}")
     places = {} if single.exists() else read_index(index)
     with ExitStack() as stack:

@@ -164,9 +164,9 @@ class Factors(NamedTuple):
     """
 
     shared: np.ndarray
-    """B: [dim, groups, rank]."""
+    """B: [dim, groups, latent]."""
     own: np.ndarray
-    """A: [experts, rank, hidden]."""
+    """A: [experts, latent, hidden]."""
     error: np.ndarray
     energy: np.ndarray
     ranks: np.ndarray
@@ -174,7 +174,7 @@ class Factors(NamedTuple):
 
     @property
     def exact(self) -> np.ndarray:
-        """Which groups lose nothing: their matrices read from one space of `rank` dimensions."""
+        """Which groups lose nothing: their matrices read from one space of `latent` dimensions."""
         return self.ranks <= self.own.shape[1]
 
     @property
@@ -186,7 +186,7 @@ class Factors(NamedTuple):
 def factorise(
     w: Any,
     group_size: int,
-    rank: int,
+    latent: int,
     *,
     expert_rank: int | None = None,
     moment: Any = None,
@@ -199,22 +199,23 @@ def factorise(
 
     Args:
       w: [experts, dim, hidden].
+      latent: width of the space that the matrices of a group share, the rank of B.
       expert_rank: first replaces every matrix by its best approximation of this rank, which may
-        bring the group nearer to `rank` (the paper's first phase).
+        bring the group nearer to `latent` (the paper's first phase).
       moment: [dim, dim], mean of x x^T over inputs: minimises the error of x W instead of that of
         W; `eps` is added to its diagonal.
 
     Raises:
-      ValueError: `rank` above what the shapes allow, groups that do not divide the experts, a
+      ValueError: `latent` above what the shapes allow, groups that do not divide the experts, a
         moment of another shape.
     """
     w = np.asarray(w, np.float64)
     experts, dim, hidden = w.shape
-    positive(group_size=group_size, rank=rank, expert_rank=expert_rank)
+    positive(group_size=group_size, latent=latent, expert_rank=expert_rank)
     if experts % group_size:
         raise ValueError(f"group_size: {group_size}; need a divisor of the {experts} experts")
-    if rank > min(dim, group_size * hidden):
-        raise ValueError(f"rank: {rank}; need at most {min(dim, group_size * hidden)}")
+    if latent > min(dim, group_size * hidden):
+        raise ValueError(f"latent: {latent}; need at most {min(dim, group_size * hidden)}")
     whiten = np.eye(dim)
     if moment is not None:
         if np.shape(moment) != (dim, dim):
@@ -231,7 +232,7 @@ def factorise(
         return groups.reshape(len(groups), dim, group_size * hidden)
 
     u, s, _ = np.linalg.svd(side_by_side(reduced), full_matrices=False)
-    basis = u[..., :rank]
+    basis = u[..., :latent]
     own = np.repeat(basis, group_size, 0).swapaxes(1, 2) @ reduced
     missed = side_by_side(seen) - basis @ basis.swapaxes(1, 2) @ side_by_side(reduced)
     largest = s[:, :1] * max(dim, group_size * hidden) * np.finfo(np.float32).eps
@@ -248,7 +249,7 @@ def convert(
     moe: MoE,
     params: Tree,
     group_size: int,
-    rank: int,
+    latent: int,
     *,
     expert_rank: int | None = None,
     moment: Any = None,
@@ -263,10 +264,10 @@ def convert(
         raise ValueError(f"expert: {type(moe.expert).__name__}; only a GLU can be converted")
     if moe.capacity_factor is not None:
         raise ValueError(f"capacity_factor: {moe.capacity_factor}; latent experts drop nothing")
-    latent = LatentExperts(
+    layer = LatentExperts(
         router=moe.router,
         group_size=group_size,
-        latent=rank,
+        latent=latent,
         hidden=moe.expert.hidden,
         activation=moe.expert.activation,
         shared=moe.shared,
@@ -274,7 +275,7 @@ def convert(
     )
     old = params["experts"]
     factors = {
-        name: factorise(old[name], group_size, rank, expert_rank=expert_rank, moment=moment)
+        name: factorise(old[name], group_size, latent, expert_rank=expert_rank, moment=moment)
         for name in ("gate", "up")
     }
 
@@ -283,4 +284,4 @@ def convert(
 
     latents = {name: stored(name, f.shared) for name, f in factors.items()}
     own = {name: stored(name, f.own) for name, f in factors.items()}
-    return latent, params | {"latents": latents, "experts": old | own}, factors
+    return layer, params | {"latents": latents, "experts": old | own}, factors

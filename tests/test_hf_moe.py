@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from bestiary.__main__ import main
 from bestiary.layers.base import flatten
 from bestiary.layers.moe import MoE
 from bestiary.zoo import hf, hf_gemma3n
@@ -656,6 +657,17 @@ def test_gemma3n_feed_forwards_both_ways(transformers: Any, tmp_path: Path) -> N
 def test_unsupported_gemma3n_configs_are_refused(change: dict, culprit: str) -> None:
     with refused("config.json", culprit):
         hf_gemma3n.layers_from_config(GEMMA3N | change)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma3n"])
+def test_feed_forwards_alone_are_no_run(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA3N | {"model_type": kind}))
+    assert main(["import", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"model_type: {kind!r}; a run needs the whole model" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_gemma3n_params_of_another_model_are_refused(tmp_path: Path) -> None:

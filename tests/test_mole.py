@@ -1,5 +1,8 @@
 """Latent experts: parity with the formulas, conversion of mixtures of experts, gradients, costs."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bestiary.__main__ import main
 from bestiary.layers import (
     DEFAULT_RULES,
     GLU,
@@ -28,7 +32,9 @@ from bestiary.layers import (
 )
 from bestiary.layers.base import Count, flatten, map_params
 from bestiary.layers.mole import convert, factorise
-from bestiary.zoo import llama, mixtures
+from bestiary.train.checkpoint import load_run, save_run
+from bestiary.train.experiment import load_experiment
+from bestiary.zoo import ling, llama, mixtures
 from bestiary.zoo import mole as zoo
 from bestiary.zoo.decoder import Block
 
@@ -207,6 +213,107 @@ def test_models() -> None:
         assert saved == pytest.approx((1 - ratio) * experts, rel=1e-9)
 
 
+# --- the command ----------------------------------------------------------------------------------
+
+LING = ling.ling(
+    vocab_size=256,
+    num_layers=3,
+    num_dense=1,
+    dim=DIM,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden=7,
+    ffn=ling.ling_ffn(DIM, 5, num_experts=EXPERTS, top_k=2, num_groups=1, top_groups=1),
+)
+MODELS = {
+    "olmoe": mixtures.olmoe(
+        2, DIM, 2, mixtures.olmoe_ffn(DIM, EXPERTS, 2, GLU_EXPERT), vocab_size=256
+    ),
+    "ling": LING.with_mtp(),
+    "switch": llama.byte_llama(2, 32, mixtures.switch_ffn(32, 9, EXPERTS)),
+    "dense": llama.byte_llama(2, 32, llama.swiglu(32, 9)),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every model, by its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, model in MODELS.items():
+        save_run(folder / name, replace(load_experiment("tiny"), model=model), draw(model))
+    return folder
+
+
+def command(*argv: Any) -> int:
+    return main([str(arg) for arg in argv])
+
+
+@pytest.mark.parametrize(
+    "name, places", [("olmoe", ["blocks/0", "blocks/1"]), ("ling", ["blocks/1/0", "blocks/1/1"])]
+)
+def test_the_command_makes_a_run_that_evaluates_alike(
+    name: str, places: list[str], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With as many latents as the width nothing is lost; with fewer, the lines say how much."""
+    sizes = ["--to", "latent-experts", "--group-size", GROUP]
+    full, small = tmp_path / "full", tmp_path / "small"
+    assert command("convert", runs / name, *sizes, "--latent", DIM, "--out", full) == 0
+    said = capsys.readouterr().out.splitlines()
+    exact = [f"{place} {w}: 0.00% lost (exact)" for place in places for w in ("gate", "up")]
+    assert said[: len(exact)] == exact
+    losses = []
+    for run in (runs / name, full):
+        assert command("eval", run, "--steps", 2, "--json") == 0
+        losses.append(json.loads(capsys.readouterr().out)["nats_per_token"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    assert command("convert", runs / name, *sizes, "--latent", 3, "--out", small) == 0
+    said = capsys.readouterr().out
+    assert f"{places[0]} gate: " in said and "ranks up to 12, kept 3" in said
+    experiment, params = load_run(small)
+    assert experiment.run_dir == str(small)
+    assert f"{small}: {experiment.model.count().total:,} parameters of " in said
+    kinds = {type(layer) for layer in (stack.block.ffn for stack in experiment.model.stacks)}  # type: ignore[attr-defined]
+    assert LatentExperts in kinds and MoE not in kinds
+    record = json.loads((small / "convert.json").read_text())
+    assert 0 < record["lost"][places[0]]["gate"] < 1 and record["latent"] == 3
+    if name == "ling":
+        assert "mtp/block gate: " in said and "latents" in params["mtp"]["block"]["ffn"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("dense --group-size 3 --latent 4", "blocks: no mixture of experts"),
+        ("switch --group-size 3 --latent 4", "expert: MLP; only a GLU can be converted"),
+        ("olmoe --group-size 4 --latent 4", "group_size: 4; need a divisor of the router's num_e"),
+        ("olmoe --group-size 0 --latent 4", "group_size: 0; need at least 1"),
+        ("olmoe --group-size 3 --latent 13", "latent: 13; need at most 12"),
+        ("olmoe --group-size 3 --latent 0", "latent: 0; need at least 1"),
+        ("olmoe --group-size 3 --latent 4 --expert-rank 0", "expert_rank: 0; need at least 1"),
+        ("olmoe --group-size 3 --latent 4 --step 7", "step: 7; olmoe has checkpoints of 0"),
+        ("olmoe --group-size 3 --latent 4 --to mixture", "'mixture'"),
+        ("olmoe --group-size 3 --latent 4 --out dense", "out: dense exists already; need a new"),
+        ("olmoe --group-size 3", "latent"),
+        ("none --group-size 3 --latent 4", "none"),
+    ],
+)
+def test_bad_input_is_one_line(
+    argv: str,
+    message: str,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(runs)
+    before = sorted(path.name for path in runs.iterdir())
+    assert command("convert", *argv.split()) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert sorted(path.name for path in runs.iterdir()) == before
+
+
 # --- the layer ------------------------------------------------------------------------------------
 
 
@@ -258,7 +365,7 @@ def test_parameters_and_costs() -> None:
             "group_size: 4; need a divisor of the router's num_experts 6",
         ),
         (lambda: factorise(np.ones((6, 4, 3)), 4, 2), "group_size: 4; need a divisor of the 6"),
-        (lambda: factorise(np.ones((6, 4, 3)), 3, 5), "rank: 5; need at most 4"),
+        (lambda: factorise(np.ones((6, 4, 3)), 3, 5), "latent: 5; need at most 4"),
         (
             lambda: factorise(np.ones((6, 4, 3)), 3, 2, moment=np.eye(3)),
             r"moment: shape \(3, 3\); need \(4, 4\)",

@@ -11,7 +11,7 @@ import tyro
 from bestiary.train.checkpoint import load_run, save_run
 from bestiary.train.data import Data
 from bestiary.train.experiment import Experiment
-from bestiary.zoo import hf
+from bestiary.zoo import hf, hf_gemma3n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,13 @@ def run_import(options: Import) -> None:
     out = Path(options.out)
     if out.exists():
         raise ValueError(f"out: {out} exists already; need a new folder")
-    model = hf.model_from_config(hf.read_config(options.folder))
+    config = hf.read_config(options.folder)
+    if config.get("model_type") in tuple(hf_gemma3n.MULTIMODAL):
+        raise ValueError(
+            f"{options.folder}: model_type: {config['model_type']!r}; a run needs the whole model, "
+            "of this one there are the feed-forwards only: see bestiary.zoo.hf_gemma3n"
+        )
+    model = hf.model_from_config(config)
     params = hf.read(options.folder, model)
     tokenizer = hf.tokenizer_file(options.folder)
     data = Data()

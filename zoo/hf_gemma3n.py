@@ -1,5 +1,9 @@
-"""The feed-forwards of Gemma-3n folders, which the zoo has without the rest of the model: read as
-`GaussianGLU` layers with their parameters, and put back into a copy of the folder."""
+"""The feed-forwards of Gemma-3n folders: read as `GaussianGLU` layers with their parameters, and
+put back into a copy of the folder.
+
+The zoo lacks the rest of the model (AltUp, LAuReL, embeddings of every layer), without which these
+weights make no language model: they are no run, and `bestiary import` says so.
+"""
 
 import os
 import shutil

@@ -12,7 +12,7 @@ from bestiary.layers.base import Layer, Tree
 from bestiary.layers.moe import MoE
 from bestiary.layers.mole import Factors, LatentExperts
 from bestiary.layers.repeat import Chain, Repeat
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import MTP, Block, Decoder
 from bestiary.zoo.llama import byte_llama, swiglu
 from bestiary.zoo.mixtures import olmoe, olmoe_ffn
 
@@ -48,7 +48,7 @@ def convert(
     model: Decoder,
     params: Tree,
     group_size: int,
-    rank: int,
+    latent: int,
     *,
     expert_rank: int | None = None,
 ) -> tuple[Decoder, Tree, Report]:
@@ -62,9 +62,12 @@ def convert(
     def converted(layer: Layer, params: Tree, place: str) -> tuple[Layer, Tree]:
         if isinstance(layer, MoE):
             new, params, report[place] = mole.convert(
-                layer, params, group_size, rank, expert_rank=expert_rank
+                layer, params, group_size, latent, expert_rank=expert_rank
             )
             return new, params
+        if isinstance(layer, MTP):
+            block, own = converted(layer.block, params["block"], f"{place}/block")
+            return replace(layer, block=block), params | {"block": own}
         if isinstance(layer, Block):
             ffn, own = converted(layer.ffn, params["ffn"], place)
             return replace(layer, ffn=ffn), params | {"ffn": own}
@@ -84,10 +87,14 @@ def convert(
             return replace(layer, block=repeats[0][0]), own
         return layer, params
 
-    blocks, own = converted(model.blocks, params["blocks"], "blocks")
+    parts = {name: getattr(model, name) for name in ("blocks", "mtp")}
+    for name, layer in parts.items():
+        if layer is not None:
+            parts[name], own = converted(layer, params[name], name)
+            params = params | {name: own}
     if not report:
         raise ValueError("blocks: no mixture of experts; there is nothing to convert")
-    return replace(model, blocks=blocks), params | {"blocks": own}, report
+    return replace(model, **parts), params, report
 
 
 def lines(report: Report) -> Iterator[str]:

@@ -36,6 +36,7 @@ COMMANDS = {
     "import": Command("train.weights", "Import", "run_import", "a run from a Hugging Face folder"),
     "export": Command("train.weights", "Export", "run_export", "a Hugging Face folder from a run"),
     "merge": Command("train.merge", "Merge", "run", "one run from checkpoints or from runs"),
+    "convert": Command("train.convert", "Convert", "run", "latent experts from a mixture's run"),
 }
 
 

@@ -32,10 +32,12 @@ from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
 from bestiary.layers.mla import MLA
+from bestiary.layers.moba import MoBA
 from bestiary.layers.moe import MoE
 from bestiary.layers.mohd import Fusion, MoHDFFN, MoHDResidual, SubDimensions
 from bestiary.layers.mole import LatentExperts, LatentGLU
 from bestiary.layers.norms import LayerNorm, RMSNorm
+from bestiary.layers.nsa import NSA, LearnedMLP, MeanPool
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
@@ -49,6 +51,7 @@ __all__ = [
     "GLU",
     "MLA",
     "MLP",
+    "NSA",
     "PEER",
     "PKM",
     "AdaptiveFactor",
@@ -69,10 +72,13 @@ __all__ = [
     "LatentGLU",
     "Layer",
     "LayerNorm",
+    "LearnedMLP",
     "Linear",
+    "MeanPool",
     "MemoryPlus",
     "MemoryTable",
     "MixtureOfDepths",
+    "MoBA",
     "MoE",
     "MoHDFFN",
     "MoHDResidual",

@@ -1,0 +1,362 @@
+"""NSA, native sparse attention (Yuan et al. 2025, arXiv 2502.11089): compressed, chosen, near keys.
+
+Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bestiary.kernels.attention import attention
+from bestiary.kernels.block_attention import (
+    Blocks,
+    Places,
+    attended_keys,
+    block_attention,
+    block_keys,
+    by_queries,
+    choosable_blocks,
+    choose,
+    complete_blocks,
+    earlier,
+    find_places,
+    multiplied_keys,
+)
+from bestiary.layers import cache as kv
+from bestiary.layers.attention import HEADS, KV_HEADS, Attention
+from bestiary.layers.base import (
+    Array,
+    Aux,
+    Context,
+    Cost,
+    Layer,
+    Param,
+    Tree,
+    layer,
+    normal,
+    positive,
+    weight,
+)
+from bestiary.layers.sharding import dot, pspec
+
+BRANCHES = ("compressed", "chosen", "near")
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+class Compression(Layer):
+    """Makes one key (or value) of the `length` in a block, which begin at every `stride`-th
+    place."""
+
+    def span(self, block_size: int) -> tuple[int, int]:
+        """(length, stride), given the size of the blocks that are chosen."""
+        raise NotImplementedError
+
+    def compress(self, params: Tree, blocks: Array) -> Array:
+        """[batch, C, length, kv_heads, head] -> [batch, C, kv_heads, head]."""
+        raise NotImplementedError
+
+    def flops(self) -> float:
+        """Matmul FLOPs for one block of one head."""
+        return 0
+
+
+@layer
+class MeanPool(Compression):
+    """The mean of every block that can be chosen, as in fla's code."""
+
+    def span(self, block_size: int) -> tuple[int, int]:
+        return block_size, block_size
+
+    def compress(self, params: Tree, blocks: Array) -> Array:
+        return blocks.mean(2, dtype=jnp.float32).astype(blocks.dtype)
+
+
+@layer
+class LearnedMLP(Compression):
+    """gelu((block + position) W_1) W_2 of overlapping blocks, as in the paper, shared by the heads.
+
+    The activation and the hidden width are this library's choice.
+    """
+
+    head_dim: int
+    hidden: int
+    length: int = 32
+    stride: int = 16
+
+    def __post_init__(self) -> None:
+        positive(head_dim=self.head_dim, hidden=self.hidden, length=self.length, stride=self.stride)
+        if self.length % self.stride:
+            raise ValueError(f"stride: {self.stride} does not divide length {self.length}")
+
+    def spec(self) -> Tree:
+        block = (self.length, self.head_dim)
+        return {
+            "position": Param(block, (None, "head"), normal(0.02)),
+            "up": weight((*block, self.hidden), (None, "head", "mlp"), inputs=2),
+            "down": weight((self.hidden, self.head_dim), ("mlp", "head")),
+        }
+
+    def cost(self, length: int) -> Cost:
+        """The parameters; they meet blocks and heads, not tokens, which `NSA` counts."""
+        return replace(super().cost(length), flops=0, active_flops=0)
+
+    def flops(self) -> float:
+        return 2 * self.hidden * self.head_dim * (self.length + 1)
+
+    def span(self, block_size: int) -> tuple[int, int]:
+        if block_size % self.stride:
+            raise ValueError(f"stride: {self.stride} does not divide block_size {block_size}")
+        return self.length, self.stride
+
+    def compress(self, params: Tree, blocks: Array) -> Array:
+        blocks += params["position"].astype(blocks.dtype)[:, None]
+        hidden = jax.nn.gelu(dot("bclkh,lhf->bckf", blocks, params["up"]))
+        return dot("bckf,fh->bckh", hidden, params["down"])
+
+
+class Branches(NamedTuple):
+    """Each [batch, T, heads, head], before the gates; and the blocks beside its own that each query
+    chose: int32 [batch, T, kv_heads, n] of `blocks`, -1: none."""
+
+    compressed: Array
+    chosen: Array
+    near: Array | None
+    blocks: Blocks
+    choice: Array
+
+
+@layer
+class NSA(Attention):
+    """y = g_cmp attn(q, compressed) + g_slc attn(q, chosen) + g_win attn(q, near).
+
+    Gates sigmoid(x W) per head. Compressed keys and values are those of the blocks that are
+    complete at the query; none yet gives 0. The importance of a block of `block_size` keys is the
+    weight of the compressed keys that overlap it, in strides, summed over the query heads of a key
+    head, which choose together: `num_selected` blocks, of equal importance the first. Near are the
+    last `local_window` keys, 0 for no such branch. No gradient passes the choice. Blocks begin with
+    every document.
+
+    The paper's form is 1 initial and 2 local blocks, a `LearnedMLP` and keys and values of its own
+    for every branch; the defaults are fla's.
+
+    Raises ValueError for sizes below 1, too few `num_selected`, strides that do not divide,
+    `window` and `sinks`.
+    """
+
+    block_size: int
+    num_selected: int
+    """Of which are chosen anyway: the own block, initial_blocks and the rest of local_blocks."""
+    local_window: int = 512
+    compression: Compression = MeanPool()
+    initial_blocks: int = 0
+    """How many first blocks of the document every query chooses."""
+    local_blocks: int = 1
+    """How many blocks up to its own, with that, every query chooses."""
+    shared_kv: bool = True
+    """One key and value per head for all branches, or else one for each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(block_size=self.block_size, num_selected=self.num_selected)
+        positive(local_blocks=self.local_blocks)
+        for name in ("local_window", "initial_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; need at least 0")
+        forced = self.initial_blocks + self.local_blocks
+        if self.num_selected < forced:
+            raise ValueError(
+                f"num_selected: {self.num_selected}; need at least the {forced} of initial_blocks "
+                "and local_blocks"
+            )
+        self.compression.span(self.block_size)  # refuses a stride that does not divide
+        head_dim = getattr(self.compression, "head_dim", self.head_dim)
+        if head_dim != self.head_dim:
+            raise ValueError(f"compression.head_dim: {head_dim}; need head_dim {self.head_dim}")
+        if self.window is not None:
+            raise ValueError(f"window: {self.window}; NSA takes local_window")
+        if self.sinks:
+            raise ValueError("sinks: True; NSA takes none")
+
+    @property
+    def cached_heads(self) -> int:
+        return self.num_kv_heads * (1 if self.shared_kv else len(BRANCHES))
+
+    def spec(self) -> Tree:
+        spec = super().spec()
+        for name in ("key", "value"):
+            shape = (self.dim, self.cached_heads, self.head_dim)
+            spec[name] = weight(shape, ("embed", "kv_heads", "head"))
+            if self.bias:
+                spec[f"{name}_bias"] = Param(shape[1:], ("kv_heads", "head"))
+            spec[f"compress_{name}"] = self.compression
+        gates = (self.dim, self.num_heads, len(BRANCHES))
+        return spec | {"gate": weight(gates, ("embed", "heads", None))}
+
+    def cost(self, length: int) -> Cost:
+        """Adds q k and the weighted sum of v of the branches, the compression and the importance:
+        executed over the keys that they are multiplied with, active over those attended to."""
+        others, per_key = (
+            (self.block_size, self.num_selected - 1),
+            4 * self.num_heads * self.head_dim,
+        )
+        span, stride = self.compression.span(self.block_size)
+        compressed = max(length // stride, 1)
+        complete = sum(max((t - span) // stride + 1, 0) for t in range(1, length + 1)) / length
+        blocks = max(length // self.block_size, 1) if others[1] else 0
+        fixed = 2 * self.num_kv_heads * compressed * self.compression.flops() / length
+        fixed += 2 * self.num_kv_heads * compressed * blocks
+        near = self.local_window > 0
+        executed = compressed + multiplied_keys(length, *others) + near * length
+        active = complete + attended_keys(length, *others)
+        active += near * self.mean_keys(length, self.local_window)
+        matrices = Layer.cost(self, length)
+        return matrices + Cost(per_key * executed + fixed, per_key * active + fixed)
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
+        return kv.kv_cache_spec(batch, length, self.cached_heads, self.head_dim, dtype)
+
+    def apply(
+        self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
+    ) -> tuple[Array, Tree, Aux]:
+        gates = dot("bsd,dng->bsng", x, params["gate"], dtype=jnp.float32)
+        return super().apply(params | {"gates": jax.nn.sigmoid(gates)}, x, ctx, cache)
+
+    def attend(
+        self,
+        params: Tree,
+        q: Array,
+        k: Array,
+        v: Array,
+        q_positions: Array | None = None,
+        kv_positions: Array | None = None,
+        q_segments: Array | None = None,
+        kv_segments: Array | None = None,
+    ) -> Array:
+        where = q_positions, kv_positions, q_segments, kv_segments
+        branches, gates = self.branches(params, q, k, v, *where), params["gates"]
+        y = gates[..., :1] * branches.compressed + gates[..., 1:2] * branches.chosen
+        if branches.near is not None:
+            y += gates[..., 2:] * branches.near
+        return y.astype(v.dtype)
+
+    def branches(
+        self,
+        params: Tree,
+        q: Array,
+        k: Array,
+        v: Array,
+        q_positions: Array | None = None,
+        kv_positions: Array | None = None,
+        q_segments: Array | None = None,
+        kv_segments: Array | None = None,
+    ) -> Branches:
+        """Of queries [batch, T, heads, head] over k and v [batch, S, cached_heads, head]."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        keys, values = self.by_branch(k), self.by_branch(v)
+        places = find_places(q.shape[1], q_positions, kv_positions, q_segments, kv_segments)
+        blocks = choosable_blocks(places, self.block_size)
+        compressed, choice = self.compressed(params, q, keys[0], values[0], places, blocks, scale)
+        chosen = block_attention(
+            q,
+            keys[1],
+            values[1],
+            places,
+            blocks,
+            choice,
+            size=self.block_size,
+            scale=scale,
+            softcap=self.softcap,
+        )
+        near = None
+        if self.local_window:
+            near = attention(
+                q,
+                keys[2],
+                values[2],
+                q_positions=q_positions,
+                kv_positions=kv_positions,
+                q_segments=q_segments,
+                kv_segments=kv_segments,
+                window=self.local_window,
+                scale=scale,
+                softcap=self.softcap,
+                spec=pspec(*HEADS),
+                kv_spec=pspec(*KV_HEADS),
+                impl=self.impl,
+            )
+        return Branches(compressed, chosen, near, blocks, choice)
+
+    def by_branch(self, x: Array) -> tuple[Array, ...]:
+        """The keys or values [batch, S, kv_heads, head] of every branch."""
+        if self.shared_kv:
+            return (x,) * len(BRANCHES)
+        x = x.reshape(*x.shape[:2], -1, len(BRANCHES), x.shape[3])
+        return tuple(x[:, :, :, i] for i in range(len(BRANCHES)))
+
+    def compressed(
+        self,
+        params: Tree,
+        q: Array,
+        k: Array,
+        v: Array,
+        places: Places,
+        blocks: Blocks,
+        scale: float,
+    ) -> tuple[Array, Array]:
+        """The compressed branch, and the choice that its weights make."""
+        span, stride = self.compression.span(self.block_size)
+        pieces = complete_blocks(places, span, stride)
+        members = block_keys(places, pieces, span)
+        members = jnp.broadcast_to(members, (k.shape[0], *members.shape[1:]))
+
+        def compress(name: str, x: Array) -> Array:
+            gathered = jax.vmap(lambda x, i: x[i])(x, members)
+            return self.compression.compress(params[f"compress_{name}"], gathered)
+
+        k, v = compress("key", k), compress("value", v)
+        overlap = self.overlap(pieces, blocks)
+
+        def some(q: Array, document: Array, place: Array) -> tuple[Array, Array]:
+            here = places._replace(q_document=document, q_place=place)
+            seen = document[:, :, None] == pieces.document[:, None]
+            seen &= pieces.place[:, None] + span - 1 <= place[:, :, None]
+            groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+            logits = jnp.einsum("btkgh,bckh->btkgc", groups, k, preferred_element_type=jnp.float32)
+            logits *= scale
+            if self.softcap is not None:
+                logits = self.softcap * jnp.tanh(logits / self.softcap)
+            seen = seen[:, :, None, None]
+            weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), -1)
+            weights = jnp.where(seen, weights, 0)
+            out = jnp.einsum("btkgc,bckh->btkgh", weights.astype(v.dtype), v)
+            return out.reshape(q.shape), self.choice(weights.sum(3), overlap, here, blocks)
+
+        return by_queries(some, q, places.q_document, places.q_place)
+
+    def overlap(self, pieces: Blocks, blocks: Blocks) -> Array:
+        """How many strides a compressed key shares with a block: float32 [batch or 1, C, C']."""
+        span, stride = self.compression.span(self.block_size)
+        first = blocks.place // self.block_size * self.block_size
+        last = jnp.minimum(pieces.place[:, :, None] + span, first[:, None] + self.block_size)
+        shared = last - jnp.maximum(pieces.place[:, :, None], first[:, None])
+        same = pieces.document[:, :, None] == blocks.document[:, None]
+        return jnp.where(same, jnp.maximum(shared, 0) / stride, 0)
+
+    def choice(self, weights: Array, overlap: Array, places: Places, blocks: Blocks) -> Array:
+        """int32 [batch, T, kv_heads, n] by the weights [batch, T, kv_heads, C] of compressed
+        keys."""
+        count = self.num_selected - 1
+        if not count:
+            return jnp.zeros((*weights.shape[:3], 0), jnp.int32)
+        weights = jax.lax.stop_gradient(weights)
+        overlap = jnp.broadcast_to(overlap, (weights.shape[0], *overlap.shape[1:]))
+        importance = jnp.einsum(
+            "btkc,bcj->btkj", weights, overlap, precision=jax.lax.Precision.HIGHEST
+        )
+        number = blocks.place[:, None] // self.block_size
+        own = places.q_place[:, :, None] // self.block_size
+        forced = (number < self.initial_blocks) | (number > own - self.local_blocks)
+        importance = jnp.where(forced[:, :, None], jnp.inf, importance)
+        return choose(importance, earlier(places, blocks, self.block_size), count)

@@ -75,6 +75,10 @@ class MLA(Layer):
         return self.nope_dim + self.rope_dim
 
     @property
+    def query_scale(self) -> float:
+        return self.query_dim**-0.5 if self.scale is None else self.scale
+
+    @property
     def width(self) -> int:
         """Channels of the heads that attend: queries, keys and values padded to one width."""
         widest = max(self.query_dim, self.value_dim)
@@ -122,28 +126,35 @@ class MLA(Layer):
     ) -> tuple[Array, Tree, Aux]:
         """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
         positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
-        q = self.queries(params, self.query_latent(params, x), positions)
-        latents = self.latents(params, x, positions)
+        entries = self.entries(params, x, positions)
         segments = ctx.segment_ids
-        if cache is None:
-            # in a row of packed documents, order in the row and equal segments say all
-            where = {"q_segments": segments, "kv_segments": segments}
-            y = self.expanded(params, q, latents, where)
-        else:
-            positions = jnp.broadcast_to(positions, x.shape[:2])
+        # in a row of packed documents, order in the row and equal segments say all
+        where: Tree = {"q_segments": segments, "kv_segments": segments}
+        if cache is not None:
+            at = jnp.broadcast_to(positions, x.shape[:2])
             # one head, which is its own value: there is no second entry to write
-            cache = kv.write(cache, latents, latents, positions, segments)
-            where = {
-                "q_positions": positions,
-                "kv_positions": cache["position"],
-                "q_segments": segments,
-                "kv_segments": None if segments is None else cache["segment"],
-            }
-            attend = (
-                self.absorbed if self.absorbs(q.shape[1], cache["k"].shape[1]) else self.expanded
-            )
-            y = attend(params, q, cache["k"].astype(x.dtype), where)
-        return project("bsnh,nhd->bsd", y, params, "out"), cache, Aux()
+            entries = cache = kv.write(cache, entries["k"], entries["k"], at, segments)
+            where = {"q_positions": at, "kv_positions": cache["position"]}
+            where |= {"q_segments": segments}
+            where |= {"kv_segments": None if segments is None else cache["segment"]}
+        latent = self.query_latent(params, x)
+        q = self.queries(params, latent, positions)
+        y, aux = self.mix(params, x, latent, q, entries, where, ctx)
+        return project("bsnh,nhd->bsd", y, params, "out"), cache, aux
+
+    def entries(self, params: Tree, x: Array, positions: Array) -> Tree:
+        """What is cached of every token, each [batch, seq, 1, ...]."""
+        return {"k": self.latents(params, x, positions)}
+
+    def mix(
+        self, params: Tree, x: Array, latent: Array, q: Array, entries: Tree, where: Tree, ctx: Any
+    ) -> tuple[Array, Aux]:
+        """The heads' outputs [batch, T, heads, value_dim] for queries q over `entries`."""
+        del x, latent, ctx
+        latents = entries["k"].astype(q.dtype)
+        absorbs = "q_positions" in where and self.absorbs(q.shape[1], latents.shape[1])
+        attend = self.absorbed if absorbs else self.expanded
+        return attend(params, q, latents, where), Aux()
 
     def query_latent(self, params: Tree, x: Array) -> Array:
         """What queries are projected from: [batch, seq, q_rank], or x itself."""
@@ -175,11 +186,7 @@ class MLA(Layer):
 
     def expanded(self, params: Tree, q: Array, latents: Array, where: Tree) -> Array:
         """Keys and values of every head from the latents: [batch, T, heads, value_dim]."""
-        latent, rotated = latents[..., 0, : self.kv_rank], latents[..., self.kv_rank :]
-        k = dot("bsr,rnh->bsnh", latent, params["key"], out=HEADS)
-        v = dot("bsr,rnh->bsnh", latent, params["value"], out=HEADS)
-        rotated = jnp.broadcast_to(rotated, (*k.shape[:-1], self.rope_dim))
-        k = jnp.concatenate((k, rotated), -1)
+        k, v = self.expand(params, latents)
 
         def padded(x: Array) -> Array:
             return jnp.pad(x, ((0, 0),) * 3 + ((0, self.width - x.shape[-1]),))
@@ -190,11 +197,25 @@ class MLA(Layer):
 
     def absorbed(self, params: Tree, q: Array, latents: Array, where: Tree) -> Array:
         """Queries meet the latents, the one key and value of all heads: as `expanded`."""
+        y = self.attend(self.absorb(params, q), latents, latents, where)
+        return self.values(params, y)
+
+    def expand(self, params: Tree, latents: Array) -> tuple[Array, Array]:
+        """Keys [batch, S, heads, nope_dim + rope_dim] and values [batch, S, heads, value_dim]."""
+        latent, rotated = latents[..., 0, : self.kv_rank], latents[..., self.kv_rank :]
+        k = dot("bsr,rnh->bsnh", latent, params["key"], out=HEADS)
+        v = dot("bsr,rnh->bsnh", latent, params["value"], out=HEADS)
+        rotated = jnp.broadcast_to(rotated, (*k.shape[:-1], self.rope_dim))
+        return jnp.concatenate((k, rotated), -1), v
+
+    def absorb(self, params: Tree, q: Array) -> Array:
+        """Queries that meet latents: [batch, T, heads, kv_rank + rope_dim]."""
         q_latent = dot("bsnh,rnh->bsnr", q[..., : self.nope_dim], params["key"])
-        q = jnp.concatenate((q_latent, q[..., self.nope_dim :]), -1)
-        y = self.attend(q, latents, latents, where)[..., : self.kv_rank]
-        return dot("bsnr,rnh->bsnh", y, params["value"], out=HEADS)
+        return jnp.concatenate((q_latent, q[..., self.nope_dim :]), -1)
+
+    def values(self, params: Tree, latents: Array) -> Array:
+        """Values of the heads from their sums of latents [batch, T, heads, kv_rank + rope_dim]."""
+        return dot("bsnr,rnh->bsnh", latents[..., : self.kv_rank], params["value"], out=HEADS)
 
     def attend(self, q: Array, k: Array, v: Array, where: Tree, **specs: Any) -> Array:
-        scale = self.query_dim**-0.5 if self.scale is None else self.scale
-        return attention(q, k, v, scale=scale, impl=self.impl, **where, **specs)
+        return attention(q, k, v, scale=self.query_scale, impl=self.impl, **where, **specs)

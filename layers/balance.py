@@ -54,7 +54,8 @@ def z_loss(logits: Array, ctx: Context) -> Array:
 
 
 def signed_bias(rate: float, centered: bool) -> Callable[[dict[str, Array]], Array]:
-    """The next selection bias from {"bias", "load"}: b + rate sign(mean(load) - load).
+    """The next selection bias [..., num_experts] from {"bias", "load"}: b + rate sign(mean(load) -
+    load).
 
     Loss-free balancing (Wang et al. 2024, DeepSeek-V3); `centered` subtracts the signs' mean, which
     keeps the sum of the biases (Ling 2.0).
@@ -62,8 +63,8 @@ def signed_bias(rate: float, centered: bool) -> Callable[[dict[str, Array]], Arr
 
     def advance(state: dict[str, Array]) -> Array:
         load = state["load"]
-        step = jnp.sign(load.mean() - load)
-        return state["bias"] + rate * (step - step.mean() if centered else step)
+        step = jnp.sign(load.mean(-1, keepdims=True) - load)
+        return state["bias"] + rate * (step - step.mean(-1, keepdims=True) if centered else step)
 
     return advance
 

@@ -52,9 +52,10 @@ class Param:
     dimensions that a contraction sums over, after any leading `layers`/`experts` axes; None marks
     what is not a matrix (a gain, a bias, an embedding table). `active` is the share of the entries
     that one token uses. `advance` gives a state its next value once per optimiser step, from the
-    dict of parameters that holds it; what a layer returns in `Aux.state` is handed from one micro-
-    batch of the step to the next. A `table` has rows [..., rows, slices, width] of which a step
-    uses few: the optimiser has options for them.
+    dict of parameters that holds it, for all copies of a stack at once, on leading axes; what a
+    layer returns in `Aux.state` is handed from one micro-batch of the step to the next. A `table`
+    has rows [..., rows, slices, width] of which a step uses few: the optimiser has options for
+    them.
     """
 
     shape: tuple[int, ...]
@@ -90,9 +91,7 @@ class Param:
         def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             return jax.vmap(lambda k: self.init(k, shape[1:], dtype))(jax.random.split(key, n))
 
-        advance = None if self.advance is None else jax.vmap(self.advance)
-        shape, axes = (n, *self.shape), (axis, *self.axes)
-        return replace(self, shape=shape, axes=axes, init=init, advance=advance)
+        return replace(self, shape=(n, *self.shape), axes=(axis, *self.axes), init=init)
 
     def abstract(self, mesh: Mesh | AbstractMesh | None = None) -> jax.ShapeDtypeStruct:
         sharding = None

@@ -45,6 +45,8 @@ class AdaptiveFactor:
     step_size: int = 100
     max_factor: float = 4.0
     min_factor: float = 1.025
+    per_layer: bool = False
+    """Whether every layer's factor goes with its own loss; the released code has one for all."""
 
     def __post_init__(self) -> None:
         positive(step_size=self.step_size)
@@ -77,10 +79,12 @@ class AdaptiveFactor:
         return {"sum": state["sum"] + loss, "count": state["count"] + 1}
 
     def advance(self, state: Tree) -> Tree:
-        """The state after a step."""
+        """The state after a step; its arrays may have leading axes for layers."""
         steps = state["steps"] + 1
         full = jnp.mod(steps, self.step_size) == 0
         mean = state["sum"] / jnp.maximum(state["count"], 1)
+        if not self.per_layer:
+            mean = jnp.full_like(mean, mean.mean())
         known = (state["previous"] > 0) & (mean > 0)
         ratio = mean / jnp.where(known, state["previous"], 1)
         ratio = jnp.where(ratio > 1, jnp.maximum(ratio, self.min_factor), ratio)
@@ -118,7 +122,7 @@ class BlockFFN(Layer):
     detach_target: bool = False
     """Whether the locality loss leaves its target without gradient; the released code does not."""
     sparsity: AdaptiveFactor | None = None
-    """Coefficient of the chunk-sparsification loss; every layer adapts its own. None: no loss."""
+    """Coefficient of the chunk-sparsification loss. None: no loss."""
     chunk: int = 64
     """Tokens that should use few experts together."""
     window: int = 8

@@ -1,5 +1,6 @@
 """BlockFFN: parity with the released code, its losses and statistics in packed rows, its state."""
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -284,30 +285,45 @@ def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     jax.tree.map(lambda ours, theirs: close(ours, theirs, rtol=2e-5), actual, expected)
 
 
-def test_the_state_goes_on_by_its_declaration() -> None:
-    """As in the training step: micro-batches observe, then every step advances, in each layer."""
-    params = initial(STACK)
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_state_goes_on_by_its_declaration(per_layer: bool) -> None:
+    """As in the training step: micro-batches observe, then every step advances; one factor goes
+    with the mean loss over layers, or each layer's with its own."""
+    ffn = replace(LAYER, sparsity=replace(FACTOR, per_layer=per_layer))
+    stack = replace(STACK, block=replace(STACK.block, ffn=ffn))  # type: ignore[type-var]
+    params = initial(stack)
     factors, rng = [], np.random.default_rng(0)
 
     @jax.jit
     def micro(params: Any, x: jax.Array) -> Any:
-        aux = STACK.apply(params, x)[2]
+        aux = stack.apply(params, x)[2]
         seen = params["ffn"] | {
             "sparsity": params["ffn"]["sparsity"] | aux.state["ffn"]["sparsity"]
         }
-        return params | {"ffn": seen}, aux.metrics["ffn"]["chunk_factor"]
+        return params | {"ffn": seen}, aux.metrics["ffn"]["chunk_factor"], aux.losses
 
-    go_on = jax.jit(lambda params: advance(STACK.declare(), params))
+    expected, scheduler = [], FACTOR.spec()
+    alone = {name: p.init(jax.random.key(0), (), p.dtype) for name, p in scheduler.items()}
+    go_on = jax.jit(lambda params: advance(stack.declare(), params))
     for step in range(7):
+        expected.append(FACTOR.value(alone))
         for _ in range(2):
             x = rng.normal(size=(2, 9, DIM)).astype(np.float32) * (1 + step)
-            params, factor = micro(params, x)
+            params, factor, losses = micro(params, x)
+            mean = losses["chunk_sparsity"] / factor.sum()
+            alone = alone | FACTOR.observe(alone, mean)
         factors.append(np.asarray(factor))
+        alone = FACTOR.advance(alone)
         assert (params["ffn"]["sparsity"]["count"] == 2 * (1 + step % 2)).all()
         params = go_on(params)
     factors = np.stack(factors, 1)
     assert (factors[:, :4] == np.float32(FACTOR.start)).all()
-    assert (factors[:, 4] != factors[:, 3]).all() and (factors[0] != factors[1]).any()
+    assert (factors[:, 4] != factors[:, 3]).all()
+    if per_layer:
+        assert (factors[0] != factors[1]).any()
+    else:
+        for layer in factors:
+            close(layer, np.stack(expected))
 
 
 @pytest.mark.parametrize(

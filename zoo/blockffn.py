@@ -3,7 +3,9 @@ that a ReLU router switches on and off.
 
 Sizes, losses and attention are those of the released configurations. Of their muP multipliers the
 embedding's 12 is a field; 1.4 / sqrt(layers) of every residual branch and 256 / dim before the head
-are in the initial matrices. The densities are the measured shares of active experts (1 - TLS).
+are in the initial matrices. Their learning rates by width (0.01 / (dim / 256) between embedding and
+head) are left out: all parameters have the optimiser's. The densities are the measured shares of
+active experts (1 - TLS).
 """
 
 import math

@@ -2,3 +2,4 @@
 
 from bestiary.kernels.attention.api import attention as attention
 from bestiary.kernels.attention.reference import visible as visible
+from bestiary.kernels.attention.reference import weights as weights

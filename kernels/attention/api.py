@@ -39,7 +39,7 @@ def attention(
 
     Args:
       q_positions, kv_positions: int32 [batch or 1, T] and [batch or 1, S] (negative: an empty key
-        slot); by default 0, 1, 2, ... for both.
+        slot), or [batch, kv_heads, S] where heads hold keys of their own; by default 0, 1, 2, ...
       q_segments, kv_segments: int32 of the same shapes; they isolate documents.
       window: keeps that many keys, the query's own included.
       scale: multiplies q k; by default head ** -0.5.

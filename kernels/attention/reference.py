@@ -18,14 +18,19 @@ def visible(
     """Which keys a query sees: bool [batch or 1, T, S] from int32 [batch or 1, T] and [.., S].
 
     Causal: 0 <= q - kv, and q - kv < window, so that a window of w keeps w keys with the query's
-    own. A key at a negative position is an empty slot. Segments must be equal.
+    own. A key at a negative position is an empty slot. Segments must be equal. Where key-value
+    heads hold keys of their own, at [batch, kv_heads, S]: bool [batch, kv_heads, T, S].
     """
-    distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    seen = (distance >= 0) & (kv_positions >= 0)[:, None, :]
+
+    def queries(x: Array) -> Array:
+        return jnp.expand_dims(x, range(1, kv_positions.ndim - 1))[..., None]
+
+    distance = queries(q_positions) - kv_positions[..., None, :]
+    seen = (distance >= 0) & (kv_positions >= 0)[..., None, :]
     if window is not None:
         seen &= distance < window
     if q_segments is not None and kv_segments is not None:
-        seen &= q_segments[:, :, None] == kv_segments[:, None, :]
+        seen &= queries(q_segments) == kv_segments[..., None, :]
     return seen
 
 
@@ -72,25 +77,36 @@ def dense(
     softcap: float | None = None,
     sinks: Array | None = None,
 ) -> Array:
-    """Softmax(softcap(scale q k) over seen keys and the sink) v, with float32 logits.
+    """The sum of v by `weights`: [batch, T, heads, head]."""
+    w = weights(q, k, seen, scale=scale, softcap=softcap, sinks=sinks)
+    return jnp.einsum("bkgts,bskh->btkgh", w.astype(v.dtype), v).reshape(q.shape)
 
-    q [batch, T, heads, head]; k, v [batch, S, kv_heads, head]; query head h reads key-value head h
-    // (heads / kv_heads); seen bool [batch or 1, T, S]; sinks [heads], one extra logit per head
-    that takes weight and gives no value. Returns [batch, T, heads, head].
+
+def weights(
+    q: Array,
+    k: Array,
+    seen: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """Softmax(softcap(scale q k) over seen keys and the sink), computed and returned in float32.
+
+    q [batch, T, heads, head]; k [batch, S, kv_heads, head]; query head h reads key-value head h //
+    (heads / kv_heads); seen as `visible` returns; sinks [heads], one extra logit per head that
+    takes weight and gives no value. Returns [batch, kv_heads, heads / kv_heads, T, S].
     """
-    batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    q = q.reshape(*q.shape[:2], kv_heads, -1, q.shape[-1])
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(seen[:, None, None], logits, MASKED)
+    seen = seen[:, None] if seen.ndim == 3 else seen
+    logits = jnp.where(seen[:, :, None], logits, MASKED)
     if sinks is None:
-        weights = jax.nn.softmax(logits, -1)
-    else:
-        sink = sinks.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
-        peak = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), sink))
-        weights = jnp.exp(logits - peak)
-        weights /= weights.sum(-1, keepdims=True) + jnp.exp(sink - peak)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(batch, length, heads, head_dim)
+        return jax.nn.softmax(logits, -1)
+    sink = sinks.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
+    peak = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), sink))
+    exps = jnp.exp(logits - peak)
+    return exps / (exps.sum(-1, keepdims=True) + jnp.exp(sink - peak))

@@ -1,6 +1,5 @@
 """Tokens sorted by expert, so that each is computed by its experts alone, on one device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +9,7 @@ from bestiary.kernels.dispatch import vary_alike
 from bestiary.kernels.grouped_dot import grouped_dot
 from bestiary.layers.base import Array, Layer, Tree, is_param
 from bestiary.layers.router import Routing
+from bestiary.layers.sharding import use_rules
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,21 @@ def through_experts(
         params,
         is_leaf=is_param,
     )
-    return expert.apply(grouped, rows[None])[0][0]
+    with use_rules({}):  # within one device there is nothing to place
+        return expert.apply(grouped, rows[None])[0][0]
 
 
 def weighted_sum(
-    expert: Layer,
-    params: Tree,
-    x: Array,
-    routing: Routing,
-    num_experts: int,
-    through: Callable[..., Array] = through_experts,
+    expert: Layer, params: Tree, x: Array, routing: Routing, num_experts: int
 ) -> Array:
-    """The experts' weighted sum for this device's tokens [batch, seq, dim]; `through` takes rows
-    that are sorted by expert to where the experts are."""
+    """The experts' weighted sum for this device's tokens [batch, seq, dim]."""
     k = routing.experts.shape[-1]
     experts = routing.experts.reshape(-1)
     order = argsort(experts)  # "none" comes last
     back = inverse(order)
     copies = jnp.repeat(x.reshape(-1, x.shape[-1]), k, 0)
     rows = permute(copies, order, back)
-    outputs = through(expert, params, rows, experts[order], num_experts)
+    outputs = through_experts(expert, params, rows, experts[order], num_experts)
     outputs = permute(outputs, back, order).reshape(*routing.experts.shape, -1)
     return (outputs * routing.weights[..., None].astype(x.dtype)).sum(-2)
 

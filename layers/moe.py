@@ -4,13 +4,11 @@ Feed-forward role: (params, x, ctx) -> (y, Aux).
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from bestiary.kernels.dispatch import axis_names
 from bestiary.layers import balance
 from bestiary.layers.base import (
     Array,
@@ -24,10 +22,9 @@ from bestiary.layers.base import (
     map_params,
     params_of,
 )
-from bestiary.layers.exchange import exchanged, fitting, place
-from bestiary.layers.grouped import through_experts, weighted_sum
+from bestiary.layers.expert_parallel import expert_parallel
+from bestiary.layers.grouped import weighted_sum
 from bestiary.layers.router import Router, Routing
-from bestiary.layers.sharding import pspec, use_rules
 
 Path = Literal["auto", "masked", "sorted"]
 
@@ -132,33 +129,9 @@ def masked(
 def sorted_by_expert(
     expert: Layer, params: Tree, x: Array, routing: Routing, num_experts: int, ctx: Context
 ) -> Array:
-    """Every token is computed by its experts only, on the devices where they lie.
-
-    Where tokens and experts are spread over the same mesh axes, tokens travel; where experts are
-    and tokens are not (a single sequence), each device computes its experts' part of the sum.
-    """
+    """Every token is computed by its experts only, on the devices where they lie."""
     del ctx
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or mesh.manual_axes:
-        return weighted_sum(expert, params, x, routing, num_experts)
-    rows = fitting(pspec("batch", "seq", None), x.shape, mesh)
-    places = map_params(lambda p: place(p, num_experts, mesh), expert.declare())
-    ways = axis_names(fitting(pspec("experts"), (num_experts,), mesh)[0])
-    travel = bool(ways) and set(ways) <= set(axis_names(rows[0]) + axis_names(rows[1]))
-    matrices = [p for p in jax.tree.leaves(places) if len(p)]
-    summed = tuple({name for spec in matrices for entry in spec[1:] for name in axis_names(entry)})
-    through = partial(exchanged, ways=ways) if travel else through_experts
-
-    def local(params: Tree, x: Array, experts: Array, weights: Array) -> Array:
-        here, over = num_experts, summed
-        if ways and not travel:
-            here, over = num_experts // jax.lax.axis_size(ways), summed + ways
-            experts -= here * jax.lax.axis_index(ways)
-            experts = jnp.where((experts >= 0) & (experts < here), experts, here)
-        with use_rules({}):  # within one device there is nothing to place
-            routing = Routing(experts, weights)
-            y = weighted_sum(expert, params, x, routing, here, through)
-        return jax.lax.psum(y, over) if over else y
-
-    run = jax.shard_map(local, in_specs=(places, rows, rows, rows), out_specs=rows)
-    return run(params, x, *routing)
+    one_device = mesh.size <= 1 or mesh.manual_axes
+    combine = weighted_sum if one_device else expert_parallel
+    return combine(expert, params, x, routing, num_experts)

@@ -207,12 +207,12 @@ def same(a: Any, b: Any) -> None:
     jax.tree.map(close, jax.device_get(a), jax.device_get(b))
 
 
-def skewed(kind: str) -> tuple[Any, jax.Array]:
-    """Parameters and tokens [8, 6, DIM] of a routing that is even, leaves experts empty, or gives
-    one expert all."""
+def skewed(kind: str, length: int = 6) -> tuple[Any, jax.Array]:
+    """Parameters and tokens [8, length, DIM] of a routing that is even, leaves experts empty, or
+    gives one expert all."""
     layer = mixture()
     params = layer.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (8, 6, DIM))
+    x = jax.random.normal(jax.random.key(1), (8, length, DIM))
     w = params["router"]["weight"]
     if kind == "empty":
         x = x.at[..., 0].set(5.0)
@@ -236,11 +236,26 @@ def test_expert_parallel_equals_masked(kind: str, rows: int, mesh: Any) -> None:
     """8 rows travel to their experts; 1 or 2 are too few to be spread, so the sums are."""
     params, x = skewed(kind)
     expected = gradients(mixture(path="masked"), params, x[:rows])
-    layer = mixture()
+    same(spread(mesh, mixture(), params, x[:rows]), expected)
+
+
+def spread(mesh: Any, layer: MoE, params: Any, x: jax.Array) -> Any:
+    """`gradients` on a mesh."""
     with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
         shardings = jax.tree.map(lambda s: s.sharding, layer.abstract(mesh))
-        placed = jax.device_put(params, shardings)
-        same(gradients(layer, placed, x[:rows]), expected)
+        return jax.device_get(gradients(layer, jax.device_put(params, shardings), x))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("kind", ["even", "empty", "one"])
+def test_many_rounds_equal_masked(kind: str, top_k: int) -> None:
+    """8 devices with an expert each: of 30 tokens per device, 8 or 15 choices travel to one other
+    in a round, so that even routing takes 1 or 2 rounds and one expert for all takes 4 or 2."""
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=axis_types)
+    params, x = skewed(kind, 30)
+    expected = gradients(mixture(top_k, path="masked"), params, x)
+    same(spread(mesh, mixture(top_k), params, x), expected)
 
 
 def test_rows_travel_by_all_to_all(mesh: Any) -> None:

@@ -263,6 +263,19 @@ def leading(core: Array, u: Array, v: Array) -> tuple[Array, Array]:
     return sign * left, sign * right
 
 
+def table_std(
+    *, hidden: int, entries: int, score_std: float, pre_dim: int, value_dim: int, num_layers: int
+) -> float:
+    """Standard deviation of a table's initial values and pre-values (UltraMemV2, equations 22-26).
+
+    With matrices of std sqrt(2 / (5 dim)) and scores of mean 1 and std `score_std`, a memory that
+    sums `entries` rows then starts as large as a feed-forward of `hidden` gated units whose output
+    is scaled by 1 / sqrt(2 num_layers).
+    """
+    rows = entries * (1 + score_std**2) * pre_dim * value_dim
+    return (0.2 * hidden / (rows * num_layers)) ** 0.25  # printed: without a root over the variance
+
+
 def balance(side: Side, ctx: Context) -> Array:
     """n sum_i p_i f_i: p the mean softmax of the merged scores, f the share of the candidates that
     key i is."""

@@ -30,7 +30,7 @@ from bestiary.layers import (
 from bestiary.layers.base import flatten, params_of
 from bestiary.layers.memory import product_keys
 from bestiary.layers.rows import dot_rows, sum_rows
-from bestiary.layers.ultramem import leading
+from bestiary.layers.ultramem import leading, table_std
 from bestiary.train.data import Data
 from bestiary.train.experiment import Experiment
 from bestiary.train.mesh import placed
@@ -39,7 +39,7 @@ from bestiary.train.step import init_state, make_step
 from bestiary.zoo import load_model
 from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.llama import byte_llama, swiglu
-from bestiary.zoo.ultramem import memory, with_memory
+from bestiary.zoo.ultramem import memory, with_memory, with_paper_init
 
 RTOL = 1e-5
 PLAIN = Context()
@@ -502,6 +502,46 @@ def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         if jnp.issubdtype(b.dtype, jnp.floating):
             close(a, b, rtol=1e-4)
+
+
+def test_with_the_papers_values_a_memory_starts_as_large_as_a_gated_feed_forward() -> None:
+    """In NumPy, with scores of mean 1, linear gates, and the latter's output scaled by depth."""
+    dim, hidden, k, pre_dim, value_dim, num_layers, tokens = 160, 384, 6, 80, 112, 5, 2000
+    std = table_std(
+        hidden=hidden,
+        entries=k,
+        score_std=0.7,
+        pre_dim=pre_dim,
+        value_dim=value_dim,
+        num_layers=num_layers,
+    )
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> np.ndarray:
+        return rng.normal(scale=np.sqrt(2 / (5 * dim)), size=shape)
+
+    x = rng.normal(size=(tokens, dim))
+    pre, values = (std * rng.normal(size=(tokens, k, n)) for n in (pre_dim, value_dim))
+    scores = rng.normal(1, 0.7, (tokens, k))
+    scores *= np.einsum("te,tke->tk", x @ matrix(dim, pre_dim), pre)
+    memory = np.einsum("tk,tkc->tc", scores, values) @ matrix(value_dim, dim)
+    gated = (x @ matrix(dim, hidden)) * (x @ matrix(dim, hidden))
+    dense = gated @ matrix(hidden, dim) / np.sqrt(2 * num_layers)
+    np.testing.assert_allclose(memory.std(), dense.std(), rtol=0.05)
+
+
+def test_the_papers_values_reach_the_table_and_the_matrices() -> None:
+    model = with_paper_init(small(), score_std=1.0)
+    params = model.init(jax.random.key(0))
+    # F = 24, m = 4, pd = 12, vd = 8, L = 3
+    expected = (0.2 * 24 / (4 * 2 * 12 * 8 * 3)) ** 0.25
+    for table in params["shared"].values():
+        np.testing.assert_allclose(table.std(), expected, rtol=0.1)
+    layer = params["blocks"]["ffn"]["1"]
+    for name in ("query", "pre", "out"):
+        np.testing.assert_allclose(layer[name].std(), np.sqrt(2 / (5 * 64)), rtol=0.1)
+    np.testing.assert_allclose(layer["keys"].std(), 8**-0.5, rtol=0.1)
+    assert model.count() == small().count()
 
 
 PUBLISHED = {  # millions active and in all; what the embedding adds to the former; tolerances

@@ -7,10 +7,10 @@ Widths are those of the released scripts.
 from dataclasses import replace
 
 from bestiary.layers.base import Layer
-from bestiary.layers.feedforward import Parallel
+from bestiary.layers.feedforward import GLU, Parallel
 from bestiary.layers.memory import MemoryPlus, MemoryTable
 from bestiary.layers.repeat import Chain, Repeat
-from bestiary.layers.ultramem import UltraMem, UltraMemV2
+from bestiary.layers.ultramem import UltraMem, UltraMemV2, table_std
 from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.llama import byte_llama, swiglu
 from bestiary.zoo.mixtures import olmoe
@@ -25,6 +25,32 @@ def with_memory(model: Decoder, memory: UltraMemV2) -> Decoder:
     place = ("memory_layer", tuple(map(float, range(stack.n))))
     blocks = replace(stack, block=replace(block, ffn=ffn), constants=(*stack.constants, place))
     return replace(model, blocks=blocks, shared=memory.table)
+
+
+def with_paper_init(model: Decoder, score_std: float) -> Decoder:
+    """`model`, from `with_memory`, with the paper's initial values in the place of the released
+    script's: sqrt(2 / (5 dim)) for matrices, `table_std` for the table.
+
+    `score_std` is that of the chosen scores. Their mean (metric `score`, over the slices) should be
+    about 1, which `UltraMemV2.norm_power` sets: they grow by key_dim^(2 norm_power).
+    """
+    (stack,) = model.stacks
+    block = stack.block
+    assert isinstance(block, Block) and isinstance(block.ffn, Parallel)
+    ffn, memory = block.ffn.layers
+    assert isinstance(ffn, GLU) and isinstance(memory, UltraMemV2)
+    std = table_std(
+        hidden=ffn.hidden,
+        entries=memory.num_heads * memory.top_k,
+        score_std=score_std,
+        pre_dim=memory.table.pre_dim,
+        value_dim=memory.table.dim,
+        num_layers=stack.n,
+    )
+    table = replace(memory.table, std=std)
+    ffn = replace(block.ffn, layers=(ffn, replace(memory, table=table)))
+    blocks = replace(stack, block=replace(block, ffn=ffn))
+    return replace(model, blocks=blocks, shared=table, std=(2 / (5 * memory.dim)) ** 0.5)
 
 
 def with_four_memories(model: Decoder, memory: Layer, first: int) -> Decoder:

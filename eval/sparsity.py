@@ -23,6 +23,7 @@ from bestiary.eval.probes import (
     Cett,
     Curve,
     Fat,
+    Keep,
     Survey,
     TopK,
     feedforwards,
@@ -100,8 +101,10 @@ def sparsity(
 ) -> Sparsity:
     """PPL-p% activation ratio of `model` for a relative `increase` of its perplexity on `batches`.
 
-    Covers the feed-forwards that end in `layers.feedforward.down`, in mixtures of experts the
-    shared ones; other arguments as in `evaluate`. Two passes over the batches find CETT(t) of every
+    Covers the feed-forwards that end in `layers.feedforward.down`; those of a mixture's experts
+    count as one, of which a token uses the units of its experts, their activations times the
+    routing weights (the exact zeros of the others are not counted). Other arguments as in
+    `evaluate`. Two passes over the batches find CETT(t) of every
     layer at every candidate, 20 more the target. Memory: the activations of one layer and batch.
 
     Raises ValueError when there is no such feed-forward.
@@ -114,7 +117,7 @@ def sparsity(
     if not layers:
         raise ValueError(
             "run: its model has no feed-forward that shows its hidden activations to a probe; "
-            "need one that is not a mixture of experts"
+            "need one that ends in `layers.feedforward.down`"
         )
     ranges = {path: candidate_range(survey[path]) for path in layers}
     reports = _reports(model, params, batches, {p: Curve(*r) for p, r in ranges.items()})
@@ -137,7 +140,7 @@ def sparsity(
     def at(target: float) -> Thinned:
         return thinned(target, {p: Cett(jnp.asarray(t)) for p, t in thresholds(target).items()})
 
-    dense = thinned(0.0, {})
+    dense = thinned(0.0, dict.fromkeys(layers, Keep()))
     lower, upper = 0.0, 1.0
     while upper - lower > TOLERANCE:
         target = (lower + upper) / 2
@@ -150,7 +153,7 @@ def sparsity(
     return Sparsity(
         zeros=dense,
         cett=cett,
-        fat=thinned(eps, {p: Fat(jnp.full(w.shape[:-2], eps)) for p, w in layers.items()}),
+        fat=thinned(eps, {p: Fat(jnp.full_like(least, eps)) for p, (least, _) in ranges.items()}),
         topk=thinned(share, dict.fromkeys(layers, TopK(share))),
         thresholds={path: np.ravel(t).tolist() for path, t in thresholds(lower).items()},
     )

@@ -24,6 +24,7 @@ from bestiary.layers.base import (
 )
 from bestiary.layers.expert_parallel import expert_parallel
 from bestiary.layers.grouped import weighted_sum
+from bestiary.layers.probed import probed
 from bestiary.layers.router import Router, Routing
 
 Path = Literal["auto", "masked", "sorted"]
@@ -94,9 +95,12 @@ class MoE(Layer):
                 jnp.where(kept, routing.experts, self.router.num_experts),
                 jnp.where(kept, routing.weights, 0),
             )
-        combine = masked if self.path == "masked" else sorted_by_expert
-        y = combine(self.expert, params["experts"], x, routing, self.router.num_experts, ctx)
         parts = {"router": replace(aux, metrics=metrics)}
+        operands = (self.expert, params["experts"], x, routing, self.router.num_experts, ctx)
+        if "probe" in params["experts"]:
+            y, parts["experts"] = probed(*operands)
+        else:
+            y = (masked if self.path == "masked" else sorted_by_expert)(*operands)
         if self.shared is not None:
             z, parts["shared"] = self.shared.apply(params["shared"], x, ctx)
             y += z
@@ -129,8 +133,12 @@ def masked(
 def sorted_by_expert(
     expert: Layer, params: Tree, x: Array, routing: Routing, num_experts: int, ctx: Context
 ) -> Array:
-    """Every token is computed by its experts only, on the devices where they lie."""
+    """Every token is computed by its experts only, on the devices where they lie.
+
+    A probe beside the experts sees nothing here.
+    """
     del ctx
+    params = {name: params[name] for name in expert.declare()}
     mesh = jax.sharding.get_abstract_mesh()
     one_device = mesh.size <= 1 or mesh.manual_axes
     combine = weighted_sum if one_device else expert_parallel

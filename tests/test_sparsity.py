@@ -22,9 +22,11 @@ from bestiary.layers import (
     Context,
     GaussianGLU,
     Layer,
+    MoE,
     Relu,
     Repeat,
     RMSNorm,
+    Router,
     Silu,
     SparkFFN,
 )
@@ -281,6 +283,96 @@ def test_a_model_that_shows_nothing_is_refused():
     model = llama(vocab_size=VOCAB, num_layers=1, attention=ATTENTION, ffn=ffn, tied=True)
     with pytest.raises(ValueError, match="^run: its model has no feed-forward that shows"):
         sparsity(model, model.init(jax.random.key(0)), batches()[:1], np.zeros(VOCAB))
+
+
+# --- mixtures of experts --------------------------------------------------------------------------
+
+EXPERTS, USED = 5, 2
+MIXTURE = MoE(
+    router=Router(dim=DIM, num_experts=EXPERTS, top_k=USED),
+    expert=GLU(dim=DIM, hidden=HIDDEN, activation=Silu()),
+    shared=GLU(dim=DIM, hidden=9, activation=Silu()),
+)
+
+
+def mixture_arrays() -> tuple[Any, jax.Array, np.ndarray, np.ndarray, np.ndarray]:
+    """Parameters, x, and by NumPy of every token: its experts' activations, times the routing
+    weights, and gates [B, T, USED, HIDDEN], and the rows of theirs [B, T, USED, HIDDEN, DIM]."""
+    params = MIXTURE.init(jax.random.key(0))
+    x = np.random.default_rng(1).normal(size=(B, T, DIM)).astype(np.float32)
+    logits = x @ np.asarray(params["router"]["weight"])
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.argsort(-weights, -1)[..., :USED]
+    gate, up, rows = (np.asarray(params["experts"][n])[chosen] for n in ("gate", "up", "down"))
+    z = np.einsum("btd,btkdf->btkf", x, gate)
+    z = z / (1 + np.exp(-z))
+    weights = np.take_along_axis(weights, chosen, -1)[..., None]
+    h = weights * z * np.einsum("btd,btkdf->btkf", x, up)
+    return params, jnp.asarray(x), h, z, rows
+
+
+def test_a_mixture_shows_the_units_of_each_tokens_experts():
+    params, x, h, gate, rows = mixture_arrays()
+    seen = {}
+
+    def probe(h: jax.Array, gate: jax.Array, w: Any, ctx: Context) -> tuple:
+        seen.update(h=h, gate=gate, w=w)
+        return h, {}
+
+    probed = with_probes(params, {"experts": probe})
+    whole, aux = MIXTURE.apply(probed, x)
+    np.testing.assert_allclose(whole, MIXTURE.apply(params, x)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen["h"], h.reshape(B, T, -1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen["gate"], gate.reshape(B, T, -1), rtol=1e-4, atol=1e-6)
+    at = seen["w"].rows[seen["w"].units]
+    np.testing.assert_array_equal(at, rows.reshape(B, T, -1, DIM))
+    assert aux.metrics["experts"]["nonzero"] == 1
+    shared = MIXTURE.shared.apply(params["shared"], x)[0]
+    sizes = np.abs(h) * np.linalg.norm(rows, axis=-1)
+    t = np.median(sizes)
+    expected = np.einsum("btkf,btkfd->btd", np.where(sizes < t, 0, h), rows)
+    thinned, aux = MIXTURE.apply(with_probes(params, {"experts": Cett(t)}), x)
+    np.testing.assert_allclose(thinned - shared, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(aux.metrics["experts"]["nonzero"], (sizes >= t).mean(), 1e-6)
+
+
+def test_the_curve_of_a_mixture_is_cett_of_the_sum_over_its_experts():
+    params, x, h, _, rows = mixture_arrays()
+    sizes, ctx = np.abs(h) * np.linalg.norm(rows, axis=-1), Context(segment_ids=SEGMENTS)
+    least, most, count = np.float32(0), np.float32(sizes.max() / 2), 40
+    probed = with_probes(params, {"experts": Curve(least, most, count)})
+    increments = MIXTURE.apply(probed, x, ctx)[1].metrics["experts"]["cett"]
+    curve = np.cumsum(np.asarray(increments, np.float64))
+    whole = np.linalg.norm(np.einsum("btkf,btkfd->btd", h, rows), axis=-1)
+    for candidate, cett in zip(np.linspace(least, most, count), curve, strict=True):
+        part = np.einsum("btkf,btkfd->btd", np.where(sizes <= candidate, h, 0), rows)
+        error = np.linalg.norm(part, axis=-1) / whole
+        np.testing.assert_allclose(cett, error[np.asarray(SEGMENTS) > 0].sum(), rtol=1e-3)
+
+
+def test_one_expert_that_all_tokens_use_is_a_feedforward():
+    """As wide as the model's own: thresholds, ratios and perplexities are the same."""
+    alone = FFNS["gaussian"]
+    ffn = MoE(router=Router(dim=DIM, num_experts=1, top_k=1), expert=alone)
+    dense, mixture = decoder(alone, n=1), decoder(ffn, n=1)
+    params = jax.tree.map(lambda x: 2.0 * x, dense.init(jax.random.key(0)))
+    layers = params["blocks"]["1"]
+    experts = jax.tree.map(lambda w: w[:, None], layers["ffn"])
+    ffn_params = {"router": {"weight": jnp.zeros((1, DIM, 1))}, "experts": experts}
+    other = params | {"blocks": params["blocks"] | {"1": layers | {"ffn": ffn_params}}}
+    a, b = (
+        sparsity(model, p, batches(), np.zeros(VOCAB), 0.05)
+        for model, p in ((dense, params), (mixture, other))
+    )
+    paths = {"blocks/0/ffn": "blocks/0/ffn", "blocks/1/ffn": "blocks/1/ffn/experts"}
+    assert list(b.thresholds) == list(paths.values())
+    for rule in ("zeros", "cett", "fat", "topk"):
+        one, two = getattr(a, rule), getattr(b, rule)
+        np.testing.assert_allclose(two.perplexity, one.perplexity, rtol=1e-4, err_msg=rule)
+        for path, its in paths.items():
+            np.testing.assert_allclose(two.layers[its], one.layers[path], atol=5e-3, err_msg=rule)
+    assert 0 < b.cett.activation_ratio < b.zeros.activation_ratio
+    assert b.cett.perplexity < 1.05 * b.zeros.perplexity
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh
 
+from bestiary.eval import libtpu
 from bestiary.eval.hlo import HloReport
 
 _EXAMPLES = "for example v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1"
@@ -85,13 +86,7 @@ def quiet_libtpu() -> None:
     Call it before anything makes JAX look for devices; it keeps JAX itself on the CPU.
     """
     jax.config.update("jax_platforms", "cpu")
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",  # one value serves all topologies
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_WORKER_ID="0",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )
+    os.environ.update(libtpu.SETTINGS)
 
 
 def chip(name: str) -> Chip:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from bestiary.train import tree_json
 from bestiary.train.data import Data
 from bestiary.train.mesh import Mesh
 from bestiary.train.objective import NextToken
 from bestiary.train.optimizer import Optimizer, Schedule
-from bestiary.train.tree_json import from_json, to_json
 from bestiary.zoo.decoder import Decoder
 
 NonFinite = Literal["stop", "skip"]
@@ -131,14 +131,14 @@ def _module(name: str) -> Any:
 def save_experiment(experiment: Experiment, path: Path) -> None:
     """Writes what `read_experiment` reads; the file appears whole."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(to_json(experiment), indent=2) + "\n")
+    beside.write_text(json.dumps(tree_json.to_json(experiment), indent=2) + "\n")
     beside.replace(path)
 
 
 def read_experiment(path: Path) -> Experiment:
     """Raises ValueError naming the file when it is missing, malformed or of another version."""
     try:
-        experiment = from_json(json.loads(path.read_text()))
+        experiment = tree_json.from_json(json.loads(path.read_text()))
     except OSError as error:
         raise ValueError(f"{path}: not a run's experiment ({error.strerror})") from None
     except ValueError as error:

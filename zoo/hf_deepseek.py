@@ -11,7 +11,6 @@ from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mla import MLA
 from bestiary.layers.moe import MoE
 from bestiary.layers.norms import RMSNorm
-from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Yarn
 from bestiary.layers.router import Router
 from bestiary.zoo.decoder import Block, Decoder
@@ -36,6 +35,7 @@ from bestiary.zoo.hf_mixtures import (
     groups_of,
     routed,
 )
+from bestiary.zoo.mixtures import dense_then_mixtures
 
 LATENT_NAMES = {
     "blocks/mixer/query": f"{LAYER}self_attn.q_b_proj.weight",
@@ -78,22 +78,14 @@ def deepseek_decoder(f: Fields) -> Decoder:
     )
     expert = gated(f, "hidden_act", "silu", "moe_intermediate_size")
     shared = replace(expert, hidden=expert.hidden * f.integer("n_shared_experts", 1))
-    mixer = latent_attention(f)
-    num_dense = dense_of(f, 3)
-    ffns = (
-        (gated(f, "hidden_act", "silu"), num_dense),
-        (
-            MoE(router=router, expert=expert, shared=shared),
-            f.integer("num_hidden_layers") - num_dense,
-        ),
-    )
-    stacks = tuple(
-        Repeat(block=Block(mixer=mixer, ffn=ffn, norm=norm), n=n) for ffn, n in ffns if n
-    )
+    mixture = MoE(router=router, expert=expert, shared=shared)
+    block = Block(mixer=latent_attention(f), ffn=mixture, norm=norm)
+    dense, num_dense = gated(f, "hidden_act", "silu"), dense_of(f, 3)
+    num_layers = f.integer("num_hidden_layers")
     vocab_size, tied = f.integer("vocab_size"), f.choice("tie_word_embeddings", BOOLEAN, False)
     model = Decoder(
         embedding=Embedding(vocab_size=vocab_size, dim=dim),
-        blocks=Chain(layers=stacks) if num_dense else stacks[0],
+        blocks=dense_then_mixtures(block, dense, mixture, num_dense, num_layers),
         norm=norm,
         head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
     )

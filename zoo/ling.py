@@ -4,11 +4,11 @@ from bestiary.layers.attention import Attention
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.moe import MoE
 from bestiary.layers.norms import RMSNorm
-from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
 from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.llama import swiglu
+from bestiary.zoo.mixtures import dense_then_mixtures
 
 
 def ling_ffn(
@@ -66,14 +66,10 @@ def ling(
         key_norm=head_norm,
         rope=rope,
     )
-    dense = Block(mixer=attention, ffn=swiglu(dim, dense_hidden), norm=norm)
-    sparse = Block(mixer=attention, ffn=ffn, norm=norm)
-    mixtures = Repeat(block=sparse, n=num_layers - num_dense)
+    block = Block(mixer=attention, ffn=ffn, norm=norm)
     return Decoder(
         embedding=Embedding(vocab_size=vocab_size, dim=dim),
-        blocks=Chain(layers=(Repeat(block=dense, n=num_dense), mixtures))
-        if num_dense
-        else mixtures,
+        blocks=dense_then_mixtures(block, swiglu(dim, dense_hidden), ffn, num_dense, num_layers),
         norm=norm,
         head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
         std=std,

@@ -16,6 +16,17 @@ from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.llama import byte_llama, llama, swiglu
 
 
+def dense_then_mixtures(
+    block: Block, dense: Layer, mixture: Layer, num_dense: int, num_layers: int
+) -> Layer:
+    """The blocks of a decoder: `num_dense` like `block` with the feed-forward `dense`, then those
+    with `mixture`, `num_layers` in all."""
+    mixtures = Repeat(block=replace(block, ffn=mixture), n=num_layers - num_dense)
+    if not num_dense:
+        return mixtures
+    return Chain(layers=(Repeat(block=replace(block, ffn=dense), n=num_dense), mixtures))
+
+
 def olmoe_ffn(dim: int, num_experts: int, top_k: int, expert: Layer) -> MoE:
     """Softmax over all experts, weights as they come, load-balancing and z-loss (OLMoE)."""
     router = Router(

@@ -7,16 +7,15 @@ balancing loss's coefficient could not be confirmed: they are arguments.
 
 import math
 
-from bestiary.layers.feedforward import GLU
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mla import MLA
 from bestiary.layers.moe import MoE
 from bestiary.layers.norms import RMSNorm
-from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
 from bestiary.zoo.decoder import Block, Decoder
 from bestiary.zoo.llama import swiglu
+from bestiary.zoo.mixtures import dense_then_mixtures
 
 
 def pangu_ffn(
@@ -62,20 +61,16 @@ def pangu(
     dim = attention.dim
     norm, depth = RMSNorm(dim=dim, eps=eps), math.sqrt(num_layers)
 
-    def stack(feed_forward: MoE | GLU, n: int) -> Repeat:
-        block = Block(
-            mixer=attention,
-            ffn=feed_forward,
-            norm=norm,
-            placement="sandwich",
-            post_starts=(attention_gain / depth, ffn_gain / depth),
-        )
-        return Repeat(block=block, n=n)
-
-    dense = stack(swiglu(dim, dense_hidden), num_dense)
+    block = Block(
+        mixer=attention,
+        ffn=ffn,
+        norm=norm,
+        placement="sandwich",
+        post_starts=(attention_gain / depth, ffn_gain / depth),
+    )
     return Decoder(
         embedding=Embedding(vocab_size=vocab_size, dim=dim),
-        blocks=Chain(layers=(dense, stack(ffn, num_layers - num_dense))),
+        blocks=dense_then_mixtures(block, swiglu(dim, dense_hidden), ffn, num_dense, num_layers),
         norm=norm,
         head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
         std=math.sqrt(1 / (2 * dim * num_layers)),

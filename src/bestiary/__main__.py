@@ -73,13 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libtpu() -> None:
-    """libtpu without a TPU (the extra [plan]) complains at every start of JAX; these settle it."""
+    """libtpu without a TPU (the extra [plan]) complains at every start of JAX."""
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_WORKER_ID", "0")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        from bestiary.eval import libtpu
+
+        libtpu.quiet()
 
 
 def usage() -> str:

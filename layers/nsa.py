@@ -4,12 +4,13 @@ Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bestiary.kernels.attention import attention
+from bestiary.kernels.attention import weights as attention_weights
 from bestiary.kernels.block_attention import (
     Blocks,
     Places,
@@ -24,7 +25,6 @@ from bestiary.kernels.block_attention import (
     find_places,
     multiplied_keys,
 )
-from bestiary.layers import cache as kv
 from bestiary.layers.attention import HEADS, KV_HEADS, Attention
 from bestiary.layers.base import (
     Array,
@@ -42,7 +42,6 @@ from bestiary.layers.base import (
 from bestiary.layers.sharding import dot, pspec
 
 BRANCHES = ("compressed", "chosen", "near")
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 class Compression(Layer):
@@ -214,9 +213,6 @@ class NSA(Attention):
         matrices = Layer.cost(self, length)
         return matrices + Cost(per_key * executed + fixed, per_key * active + fixed)
 
-    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
-        return kv.kv_cache_spec(batch, length, self.cached_heads, self.head_dim, dtype)
-
     def apply(
         self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
     ) -> tuple[Array, Tree, Aux]:
@@ -322,16 +318,10 @@ class NSA(Attention):
             here = places._replace(q_document=document, q_place=place)
             seen = document[:, :, None] == pieces.document[:, None]
             seen &= pieces.place[:, None] + span - 1 <= place[:, :, None]
-            groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-            logits = jnp.einsum("btkgh,bckh->btkgc", groups, k, preferred_element_type=jnp.float32)
-            logits *= scale
-            if self.softcap is not None:
-                logits = self.softcap * jnp.tanh(logits / self.softcap)
-            seen = seen[:, :, None, None]
-            weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), -1)
-            weights = jnp.where(seen, weights, 0)
-            out = jnp.einsum("btkgc,bckh->btkgh", weights.astype(v.dtype), v)
-            return out.reshape(q.shape), self.choice(weights.sum(3), overlap, here, blocks)
+            weights = attention_weights(q, k, seen, scale=scale, softcap=self.softcap)
+            weights = jnp.where(seen[:, None, None], weights, 0)  # where nothing is complete, 0
+            out = jnp.einsum("bkgtc,bckh->btkgh", weights.astype(v.dtype), v)
+            return out.reshape(q.shape), self.choice(weights.sum(2), overlap, here, blocks)
 
         return by_queries(some, q, places.q_document, places.q_place)
 
@@ -345,15 +335,16 @@ class NSA(Attention):
         return jnp.where(same, jnp.maximum(shared, 0) / stride, 0)
 
     def choice(self, weights: Array, overlap: Array, places: Places, blocks: Blocks) -> Array:
-        """int32 [batch, T, kv_heads, n] by the weights [batch, T, kv_heads, C] of compressed
+        """int32 [batch, T, kv_heads, n] by the weights [batch, kv_heads, T, C] of compressed
         keys."""
         count = self.num_selected - 1
+        batch, kv_heads, length, _ = weights.shape
         if not count:
-            return jnp.zeros((*weights.shape[:3], 0), jnp.int32)
+            return jnp.zeros((batch, length, kv_heads, 0), jnp.int32)
         weights = jax.lax.stop_gradient(weights)
-        overlap = jnp.broadcast_to(overlap, (weights.shape[0], *overlap.shape[1:]))
+        overlap = jnp.broadcast_to(overlap, (batch, *overlap.shape[1:]))
         importance = jnp.einsum(
-            "btkc,bcj->btkj", weights, overlap, precision=jax.lax.Precision.HIGHEST
+            "bktc,bcj->btkj", weights, overlap, precision=jax.lax.Precision.HIGHEST
         )
         number = blocks.place[:, None] // self.block_size
         own = places.q_place[:, :, None] // self.block_size

@@ -1,10 +1,11 @@
 """The grouped product in plain JAX: group after group, in blocks of rows, as many as it has.
 
-A group's last block may run into the rows of the next one. Groups come in order, so the next one
-overwrites what that block got wrong.
+Large blocks come first, since they run fastest, and smaller ones take the rest, so that little is
+computed in vain. Results are written in place, and only into the rows of the group.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,57 +27,85 @@ def rows(dy: Array, w: Array, sizes: Array) -> Array:
 
 def matrices(x: Array, dy: Array, sizes: Array) -> Array:
     """The gradient of w: x [rows, D], dy [rows, F] -> float32 [groups, D, F]."""
-    block = block_size(x.shape[0], sizes.size)
-    x, dy = _padded(x, block), _padded(dy, block)
 
-    def one(group: tuple[Array, Array]) -> Array:
-        start, size = group
+    def of_a_group(group: tuple[Array, Array]) -> Array:
+        def add(block: Block, dw: Array) -> Array:
+            inside = jnp.where(block.inside, block.of(dy), 0)
+            return dw + _product(block.of(x), inside, 0, 0)
 
-        def add(i: Array, dw: Array) -> Array:
-            first = start + i * block
-            inside = i * block + jnp.arange(block) < size
-            part = jnp.where(inside[:, None], jax.lax.dynamic_slice_in_dim(x, first, block), 0)
-            return dw + _product(part, jax.lax.dynamic_slice_in_dim(dy, first, block), 0, 0)
+        dw, *_ = vary_alike(jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32), x, dy, sizes)
+        return _over_blocks(add, dw, group, x.shape[0], sizes.size)
 
-        dw = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
-        return jax.lax.fori_loop(0, -(-size // block), add, vary_alike(dw, x, dy, size)[0])
-
-    return jax.lax.map(one, (jnp.cumsum(sizes) - sizes, sizes))
+    return jax.lax.map(of_a_group, _bounds(sizes))
 
 
-def block_size(num_rows: int, num_groups: int) -> int:
-    """Rows multiplied at once: about a quarter of a group, so that little is computed in vain."""
-    quarter = max(1, num_rows // (4 * num_groups))
-    return min(128, max(8, 1 << quarter.bit_length() - 1))
+class Block(NamedTuple):
+    """Consecutive rows, as many as a program multiplies at once."""
+
+    start: Array
+    inside: Array
+    """bool [size, 1]: which rows are the group's."""
+
+    def of(self, x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.inside.size)
+
+
+def block_sizes(num_rows: int, num_groups: int) -> list[int]:
+    """Rows multiplied at once, from the most to the fewest."""
+    least = 32 if num_rows >= 32 * num_groups else 8
+    fitting = [size for size in (512, 128, 32, 8) if least <= size <= num_rows]
+    return fitting or [num_rows]
 
 
 def _rows(
     x: Array, w: Array, sizes: Array, width: int, product: Callable[[Array, Array], Array]
 ) -> Array:
-    """Every row's product with its group's matrix."""
-    num_rows, block = x.shape[0], block_size(x.shape[0], sizes.size)
-    x = _padded(x, block)
+    """Every row's product with its group's matrix; 0 behind the last group."""
 
-    def of_a_group(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        matrix, start, size = group
+    def of_a_group(y: Array, group: tuple[Array, tuple[Array, Array]]) -> tuple[Array, None]:
+        matrix, bounds = group
 
-        def one(i: Array, y: Array) -> Array:
-            first = start + i * block
-            new = product(jax.lax.dynamic_slice_in_dim(x, first, block), matrix)
-            return jax.lax.dynamic_update_slice_in_dim(y, new, first, 0)
+        def write(block: Block, y: Array) -> Array:
+            new = jnp.where(block.inside, product(block.of(x), matrix), block.of(y))
+            return jax.lax.dynamic_update_slice_in_dim(y, new, block.start, 0)
 
-        return jax.lax.fori_loop(0, -(-size // block), one, y), None
+        return _over_blocks(write, y, bounds, x.shape[0], sizes.size), None
 
-    last_row = jnp.cumsum(sizes)
     # inside `jax.shard_map` the carry differs over the mesh as what it is made of does
     y, *_ = vary_alike(jnp.zeros((x.shape[0], width), jnp.float32), x, w, sizes)
-    y, _ = jax.lax.scan(of_a_group, y, (w, last_row - sizes, sizes))
-    return jnp.where(jnp.arange(num_rows)[:, None] < last_row[-1], y[:num_rows], 0)
+    return jax.lax.scan(of_a_group, y, (w, _bounds(sizes)))[0]
 
 
-def _padded(x: Array, block: int) -> Array:
-    """One block more, so that none reaches beyond the end (where slices would be moved back)."""
-    return jnp.pad(x, ((0, block), (0, 0)))
+def _bounds(sizes: Array) -> tuple[Array, Array]:
+    """The first row of every group and the first behind it, int32 [groups] each."""
+    end = jnp.cumsum(sizes)
+    return end - sizes, end
+
+
+def _over_blocks(
+    step: Callable[[Block, Array], Array],
+    carry: Array,
+    bounds: tuple[Array, Array],
+    num_rows: int,
+    num_groups: int,
+) -> Array:
+    """`step` over the blocks of the group between `bounds`, from `carry` on."""
+    start, end = bounds
+    sizes = block_sizes(num_rows, num_groups)
+    for size in sizes:
+
+        def one(i: Array, carry: Array, start: Array = start, size: int = size) -> Array:
+            first = start + i * size
+            # a slice that reached beyond the last row would be moved back unnoticed
+            at = jnp.minimum(first, num_rows - size)
+            row = at + jnp.arange(size)[:, None]
+            return step(Block(at, (row >= first) & (row < end)), carry)
+
+        rest = size - 1 if size == sizes[-1] else 0  # the last block may be filled in part
+        count = (end - start + rest) // size
+        carry = jax.lax.fori_loop(0, count, one, carry)
+        start = start + count * size
+    return carry
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

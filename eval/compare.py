@@ -17,9 +17,9 @@ from bestiary.eval.compare_statistics import Found
 from bestiary.eval.routing import Routing, skewed
 from bestiary.train.data import Data, load
 from bestiary.train.experiment import Checkpoints, Evaluation, load_experiment
+from bestiary.train.loop import Interrupted
 from bestiary.train.placement import check
 from bestiary.train.recall import is_recall
-from bestiary.train.run import Interrupted
 from bestiary.train.runtime import locked, start
 from bestiary.train.tree_json import difference, to_json
 

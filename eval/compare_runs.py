@@ -21,8 +21,9 @@ from bestiary.train.checkpoint import load_run
 from bestiary.train.data import Data, load, validation_batches
 from bestiary.train.experiment import Experiment
 from bestiary.train.log import read_metrics
+from bestiary.train.loop import Interrupted
 from bestiary.train.mesh import Mesh
-from bestiary.train.run import Interrupted, train
+from bestiary.train.run import train
 
 SETTINGS, RESULT = "settings.json", "result.json"
 VALIDATION = 100  # batches

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bestiary.kernels.attention import attention
+from bestiary.kernels.attention import Mask, attention
+from bestiary.kernels.attention.masks import CAUSAL, Window, visible_pairs
 from bestiary.kernels.dispatch import Impl
 from bestiary.layers import cache as kv
 from bestiary.layers.base import (
@@ -53,7 +54,9 @@ class Attention(Layer):
     width (OLMoE); key_norm likewise."""
     key_norm: Layer | None = None
     window: int | None = None
-    """How many keys a query sees, its own included; None: all before it."""
+    """How many keys a query sees, its own included; None: all before it. A cache keeps as many."""
+    mask: Mask = CAUSAL
+    """Which keys a query may see by their positions, of those in the window."""
     softcap: float | None = None
     """Bounds the logits to (-c, c) by c tanh(s / c) before masking (Gemma-2)."""
     sinks: bool = False
@@ -73,6 +76,11 @@ class Attention(Layer):
             )
         if self.rope:
             self.rope.frequencies(self.head_dim)  # refuses an odd width
+
+    @property
+    def pattern(self) -> Mask:
+        """Mask and window in one."""
+        return self.mask if self.window is None else self.mask & Window(self.window)
 
     def spec(self) -> Tree:
         q = (self.dim, self.num_heads, self.head_dim)
@@ -106,7 +114,13 @@ class Attention(Layer):
         return super().cost(length) + Cost(per_key * length, per_key * self.mean_keys(length))
 
     def mean_keys(self, length: int, limit: int | None = None) -> float:
-        """Keys seen by a query (at most `limit`), averaged over the positions of a sequence."""
+        """Keys seen by a query (at most `limit`), averaged over the positions of a sequence.
+
+        Exact for causal rows and windows; of other masks see `visible_pairs`, and a limit bounds
+        the average.
+        """
+        if self.mask != CAUSAL:
+            return min(visible_pairs(self.pattern, length) / length, limit or length)
         window = min(self.window or length, limit or length, length)
         return window - window * (window - 1) / (2 * length)
 
@@ -174,7 +188,7 @@ class Attention(Layer):
             kv_positions=kv_positions,
             q_segments=q_segments,
             kv_segments=kv_segments,
-            window=self.window,
+            mask=self.pattern,
             scale=self.scale,
             softcap=self.softcap,
             sinks=params.get("sinks"),

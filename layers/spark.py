@@ -193,7 +193,7 @@ class SparkAttention(Attention):
         del params
         q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
         kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
-        seen = visible(q_positions, kv_positions, q_segments, kv_segments, self.window)
+        seen = visible(q_positions, kv_positions, q_segments, kv_segments, self.pattern)
         weights = self.weights(q, k, seen).astype(v.dtype)
         y = jnp.einsum("bkgts,bskh->btkgh", weights, v)
         return y.reshape(q.shape)

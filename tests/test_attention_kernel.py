@@ -12,7 +12,8 @@ import pytest
 from bestiary.eval import topology
 from bestiary.eval.hlo import analyse
 from bestiary.eval.topology import compile_for
-from bestiary.kernels.attention import attention, reference, tpu, visible
+from bestiary.kernels.attention import attention, tpu
+from bestiary.kernels.attention.masks import longformer
 from bestiary.layers import Attention
 from bestiary.layers.sharding import DEFAULT_RULES
 from bestiary.train.mesh import placed
@@ -38,6 +39,7 @@ OPTIONS = {
     "plain": {},
     "window": {"window": 65},
     "softcap": {"softcap": 5.0, "scale": 0.2},
+    "longformer": {"mask": longformer(60, (0, 130))},
     "all": {"window": 40, "softcap": 9.0, "segments": SEGMENTS, "sinks": SINKS},
 }
 
@@ -62,32 +64,6 @@ def test_splash_equals_the_reference_with_gradients(name, monkeypatch):
         gradients("tpu", **OPTIONS[name]), gradients("reference", **OPTIONS[name]), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
-
-
-@pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 4.0}])
-def test_long_rows_in_blocks_are_what_they_are_at_once(options, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK", 32)
-    q, k, v, d_out = (x[..., :8] for x in operands())
-    segments = {"q_segments": SEGMENTS, "kv_segments": SEGMENTS}
-
-    def blocks(q, k, v):
-        return attention(q, k, v, **segments, **options, sinks=SINKS, impl="reference")
-
-    def at_once(q, k, v):
-        positions = jnp.arange(LENGTH)[None]
-        seen = visible(positions, positions, SEGMENTS, SEGMENTS, options.get("window"))
-        softcap = options.get("softcap")
-        return reference.dense(q, k, v, seen, scale=8**-0.5, softcap=softcap, sinks=SINKS)
-
-    for one, other in zip(
-        *(
-            jax.jit(lambda *x, f=f: jax.vjp(f, *x[:3])[1](x[3]))(q, k, v, d_out)
-            for f in (blocks, at_once)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-    assert "while" in jax.jit(blocks).lower(q, k, v).as_text()
 
 
 def test_automatic_choice_runs_here_with_gradients():
@@ -117,6 +93,7 @@ def test_sharded_equals_unsharded(mesh, kv_heads):
         (LENGTH, 64, {}, "head dimension 64 is not a multiple of 128"),
         (200, HEAD, {}, "length 200 is not a multiple of 128"),
         (LENGTH, HEAD, {"q_positions": jnp.zeros((1, LENGTH), int)}, "it has positions"),
+        (LENGTH, HEAD, {"bias": jnp.zeros((1, HEADS, LENGTH))}, "takes no bias"),
     ],
 )
 def test_splash_says_why_it_cannot_serve(length, head, options, message):
@@ -129,6 +106,8 @@ def test_cudnn_says_why_it_cannot_serve():
     q, k, v, _ = operands()
     with pytest.raises(NotImplementedError, match="soft-cap"):
         attention(q, k, v, softcap=3.0, impl="gpu")
+    with pytest.raises(NotImplementedError, match="causal rows and windows"):
+        attention(q, k, v, mask=longformer(8), impl="gpu")
     with pytest.raises(NotImplementedError, match="impl='gpu' cannot serve this call: ."):
         attention(q, k, v, impl="gpu")  # cuDNN is not here, or takes no float32
     with pytest.raises(ValueError, match="impl must be one of auto, reference, tpu, gpu; got 'x'"):

@@ -174,7 +174,7 @@ def test_spark_attention(golden: SimpleNamespace) -> None:
     q, k, v = (jnp.asarray(a[f"att_{n}"]).swapaxes(1, 2) for n in "qkv")
     positions = jnp.arange(length)[None]
     q, k = layer.rotate(q, positions), layer.rotate(k, positions)
-    seen = visible(positions, positions, window=layer.window)
+    seen = visible(positions, positions, mask=layer.pattern)
     s1, _ = layer.scores(q, k)
     close(layer.threshold(s1, seen[:, None, None]), a["att_theta"], "att_theta")
     close(layer.keep(s1, seen[:, None, None]), a["att_keep"], "att_keep")

@@ -1,5 +1,6 @@
-"""Causal softmax attention with grouped heads, windows, segments, soft-cap and sinks."""
+"""Softmax attention over static masks, with grouped heads, segments, soft-cap, sinks and bias."""
 
 from bestiary.kernels.attention.api import attention as attention
+from bestiary.kernels.attention.masks import Mask as Mask
 from bestiary.kernels.attention.reference import visible as visible
 from bestiary.kernels.attention.reference import weights as weights

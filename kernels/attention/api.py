@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from bestiary.kernels.attention import reference
+from bestiary.kernels.attention import blocked, reference
+from bestiary.kernels.attention.masks import CAUSAL, Mask, Window
 from bestiary.kernels.dispatch import IMPLS, by_platform, why_not_sharded
 
 Array = jax.Array
+SHORT = 256  # rows up to here are faster, and small enough, with all their logits at once
 
 
 def attention(
@@ -23,37 +24,44 @@ def attention(
     kv_positions: Array | None = None,
     q_segments: Array | None = None,
     kv_segments: Array | None = None,
+    mask: Mask = CAUSAL,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    bias: Array | None = None,
     spec: P | None = None,
     kv_spec: P | None = None,
     impl: str = "auto",
 ) -> Array:
-    """Causal attention: q [batch, T, heads, head], k and v [batch, S, kv_heads, head] -> as q.
+    """Attention: q [batch, T, heads, head], k and v [batch, S, kv_heads, head] -> as q.
 
-    Logits and softmax are float32, the result has the type of v. The kernels serve rows that
-    attend to themselves: no positions, and the same segments on both sides. Sequences of 2048
-    queries or more are computed in blocks by the reference.
+    Softmax(softcap(scale q k) + bias) v over the visible keys, causal unless `mask` says otherwise;
+    a query that sees none gives 0. Logits and softmax are float32, the result has the type of v.
+    The kernels serve rows that attend to themselves: no positions, and the same segments on both
+    sides. Elsewhere rows of more than 256 queries and keys are computed block by block, with cost
+    and memory that grow with the blocks of which the mask shows anything, reverse mode only.
 
     Args:
       q_positions, kv_positions: int32 [batch or 1, T] and [batch or 1, S] (negative: an empty key
         slot), or [batch, kv_heads, S] where heads hold keys of their own; by default 0, 1, 2, ...
       q_segments, kv_segments: int32 of the same shapes; they isolate documents.
-      window: keeps that many keys, the query's own included.
+      mask: static sparsity; see `masks`.
+      window: short for `mask & Window(window)`: with a causal mask that many keys, the query's own
+        included.
       scale: multiplies q k; by default head ** -0.5.
       softcap: c bounds the logits by c tanh(s / c).
-      sinks: [heads], extra logits without values.
+      sinks: [heads], extra logits without values, which are not capped.
+      bias: [batch or 1, heads or kv_heads, S], added to a key's logits after the soft-cap.
       spec, kv_spec: how q, and k and v, are sharded under the current mesh, whose devices then run
         the kernel on their own rows and heads. Without them, or when these dimensions do not
         divide, the reference serves.
       impl: "auto" (the kernel for the platform being lowered for, where it can serve),
-        "reference", "tpu" or "gpu".
+        "reference" (all logits at once), "tpu" or "gpu".
 
     Raises:
-      ValueError: heads is not a multiple of kv_heads, only one side has segments, a wrong `spec` or
-        an unknown `impl`.
+      ValueError: heads is not a multiple of kv_heads, only one side has segments, a bias of
+        another shape, a window below 1, a wrong `spec` or an unknown `impl`.
       NotImplementedError: the named kernel cannot serve; the message says why.
     """
     if q.shape[2] % k.shape[2]:
@@ -62,35 +70,38 @@ def attention(
         raise ValueError("segments: give q_segments and kv_segments, or neither")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if bias is not None:
+        allowed = [(b, h, k.shape[1]) for b in (q.shape[0], 1) for h in (q.shape[2], k.shape[2])]
+        if bias.shape not in allowed:
+            raise ValueError(f"bias: shape {bias.shape}; need one of {allowed}")
     options = {
-        "window": window,
+        "mask": mask if window is None else mask & Window(window),
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
         "softcap": softcap,
     }
+    where = (q_positions, kv_positions, q_segments, kv_segments)
     rows = q_positions is None and kv_positions is None and q_segments is kv_segments
     reason = None if rows else "it has positions, or segments of queries that are not those of keys"
-    operands = (q, k, v, sinks, q_segments)
+    operands = (q, k, v, sinks, bias, q_segments)
     usable = {}
     if impl != "reference":
         reason = reason or _why_not_sharded(q, k, spec, kv_spec)
         usable = _usable(impl, reason, operands, options)
+    portable = reference.attention if impl == "reference" else _portable(q, k, kv_positions)
     if not usable:
-        q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
-        kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
-        positions, segments = (q_positions, kv_positions), (q_segments, kv_segments)
-        return reference.attention(q, k, v, *positions, *segments, sinks, **options)
+        return portable(q, k, v, *where, sinks, bias, **options)
     run = (
         usable[impl]
         if impl != "auto"
         else by_platform(
             # recomputed: else every platform's program would save what this backward pass needs
-            jax.checkpoint(partial(_rows, **options)),
+            jax.checkpoint(partial(_rows, portable, **options)),
             usable,
         )
     )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and spec is not None:
-        in_specs = (spec, kv_spec, kv_spec, P(*spec[2:3]), P(*spec[:2]))
+        in_specs = (spec, kv_spec, kv_spec, P(*spec[2:3]), None, P(*spec[:2]))
         # the library's kernels do not say over which axes their results vary
         run = jax.shard_map(run, in_specs=in_specs, out_specs=spec, check_vma=False)
     return run(*operands)
@@ -122,9 +133,22 @@ def _why_not_sharded(q: Array, k: Array, spec: P | None, kv_spec: P | None) -> s
     return why_not_sharded(q.shape, spec, (1, 3)) or why_not_sharded(k.shape, kv_spec, (1, 3))
 
 
+def _portable(q: Array, k: Array, kv_positions: Array | None) -> Callable[..., Array]:
+    """What serves on every platform."""
+    short = min(q.shape[1], k.shape[1]) <= SHORT
+    by_head = kv_positions is not None and kv_positions.ndim == 3
+    return reference.attention if short or by_head else blocked.attention
+
+
 def _rows(
-    q: Array, k: Array, v: Array, sinks: Array | None, segments: Array | None, **options: Any
+    portable: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array | None,
+    bias: Array | None,
+    segments: Array | None,
+    **options: Any,
 ) -> Array:
-    """The reference for rows that attend to themselves."""
-    positions = jnp.arange(q.shape[1])[None]
-    return reference.attention(q, k, v, positions, positions, segments, segments, sinks, **options)
+    """The portable path for rows that attend to themselves."""
+    return portable(q, k, v, None, None, segments, segments, sinks, bias, **options)

@@ -1,11 +1,12 @@
-"""Attention in plain jax.numpy: the definition of truth and the CPU path."""
+"""Attention in plain jax.numpy: the definition of truth, and the path of short rows."""
 
 import jax
 import jax.numpy as jnp
 
+from bestiary.kernels.attention.masks import CAUSAL, Mask
+
 Array = jax.Array
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-BLOCK = 512  # queries whose logits exist at a time in a long sequence
 
 
 def visible(
@@ -13,22 +14,19 @@ def visible(
     kv_positions: Array,
     q_segments: Array | None = None,
     kv_segments: Array | None = None,
-    window: int | None = None,
+    mask: Mask = CAUSAL,
 ) -> Array:
     """Which keys a query sees: bool [batch or 1, T, S] from int32 [batch or 1, T] and [.., S].
 
-    Causal: 0 <= q - kv, and q - kv < window, so that a window of w keeps w keys with the query's
-    own. A key at a negative position is an empty slot. Segments must be equal. Where key-value
-    heads hold keys of their own, at [batch, kv_heads, S]: bool [batch, kv_heads, T, S].
+    Those of the mask, in equal segments. A key at a negative position is an empty slot. Where key-
+    value heads hold keys of their own, at [batch, kv_heads, S]: bool [batch, kv_heads, T, S].
     """
 
     def queries(x: Array) -> Array:
         return jnp.expand_dims(x, range(1, kv_positions.ndim - 1))[..., None]
 
-    distance = queries(q_positions) - kv_positions[..., None, :]
-    seen = (distance >= 0) & (kv_positions >= 0)[..., None, :]
-    if window is not None:
-        seen &= distance < window
+    keys = kv_positions[..., None, :]
+    seen = mask(queries(q_positions), keys) & (keys >= 0)
     if q_segments is not None and kv_segments is not None:
         seen &= queries(q_segments) == kv_segments[..., None, :]
     return seen
@@ -38,33 +36,22 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    q_positions: Array,
-    kv_positions: Array,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
     q_segments: Array | None = None,
     kv_segments: Array | None = None,
     sinks: Array | None = None,
+    bias: Array | None = None,
     *,
-    window: int | None = None,
+    mask: Mask,
     scale: float,
     softcap: float | None = None,
 ) -> Array:
-    """As `api.attention`; many long rows in blocks of queries, recomputed backwards, so that the
-    logits [T, S] of all heads never exist at once."""
-
-    def some(q: Array, q_positions: Array, q_segments: Array | None) -> Array:
-        seen = visible(q_positions, kv_positions, q_segments, kv_segments, window)
-        return dense(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
-
-    length = q.shape[1]
-    if length < 4 * BLOCK or length % BLOCK:
-        return some(q, q_positions, q_segments)
-
-    def split(x: Array) -> Array:
-        return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-    blocks = jax.tree.map(split, (q, q_positions, q_segments))
-    out = jax.lax.map(jax.checkpoint(lambda block: some(*block)), blocks)
-    return out.swapaxes(0, 1).reshape(q.shape)
+    """As `api.attention`, writing all logits [T, S]."""
+    q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
+    kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
+    seen = visible(q_positions, kv_positions, q_segments, kv_segments, mask)
+    return dense(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
 
 
 def dense(
@@ -76,10 +63,14 @@ def dense(
     scale: float,
     softcap: float | None = None,
     sinks: Array | None = None,
+    bias: Array | None = None,
 ) -> Array:
-    """The sum of v by `weights`: [batch, T, heads, head]."""
-    w = weights(q, k, seen, scale=scale, softcap=softcap, sinks=sinks)
-    return jnp.einsum("bkgts,bskh->btkgh", w.astype(v.dtype), v).reshape(q.shape)
+    """The sum of v by `weights`: [batch, T, heads, head]; 0 for a query that sees no key."""
+    w = weights(q, k, seen, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
+    y = jnp.einsum("bkgts,bskh->btkgh", w.astype(v.dtype), v)
+    some = seen.any(-1)
+    some = some[..., None] if seen.ndim == 3 else some.swapaxes(1, 2)
+    return jnp.where(some[..., None, None], y, 0).reshape(*q.shape[:3], v.shape[-1])
 
 
 def weights(
@@ -90,8 +81,10 @@ def weights(
     scale: float,
     softcap: float | None = None,
     sinks: Array | None = None,
+    bias: Array | None = None,
 ) -> Array:
-    """Softmax(softcap(scale q k) over seen keys and the sink), computed and returned in float32.
+    """Softmax(softcap(scale q k) + bias over seen keys and the sink), computed and returned in
+    float32; alike for all keys where a query sees none.
 
     q [batch, T, heads, head]; k [batch, S, kv_heads, head]; query head h reads key-value head h //
     (heads / kv_heads); seen as `visible` returns; sinks [heads], one extra logit per head that
@@ -102,6 +95,8 @@ def weights(
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits += bias.astype(jnp.float32).reshape(*bias.shape[:1], kv_heads, -1, 1, k.shape[1])
     seen = seen[:, None] if seen.ndim == 3 else seen
     logits = jnp.where(seen[:, :, None], logits, MASKED)
     if sinks is None:

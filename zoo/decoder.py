@@ -36,21 +36,26 @@ class Block(Layer):
     """
 
     mixer: Layer
-    ffn: Layer
+    ffn: Layer | None
+    """None: the mixer is all there is (Mamba)."""
     norm: Layer
     placement: Literal["pre", "post", "sandwich"] = "pre"
     post_starts: tuple[float, float] = (1.0, 1.0)
     """Initial gains of the norms behind mixer and feed-forward (Pangu Ultra: below 1, by depth)."""
 
     def spec(self) -> Tree:
-        spec: Tree = {"mixer": self.mixer, "ffn": self.ffn}
-        if self.placement != "post":
-            spec |= {"mixer_norm": self.norm, "ffn_norm": self.norm}
-        if self.placement != "pre":
-            names = ("mixer_post_norm", "ffn_post_norm")
-            for name, start in zip(names, self.post_starts, strict=True):
-                norm = self.norm
-                spec[name] = replace(norm, start=start) if isinstance(norm, RMSNorm) else norm
+        spec: Tree = {}
+        parts = {"mixer": self.mixer, "ffn": self.ffn}
+        for (name, part), start in zip(parts.items(), self.post_starts, strict=True):
+            if part is None:
+                continue
+            norm = self.norm
+            spec[name] = part
+            if self.placement != "post":
+                spec[f"{name}_norm"] = norm
+            if self.placement != "pre":
+                norm = replace(norm, start=start) if isinstance(norm, RMSNorm) else norm
+                spec[f"{name}_post_norm"] = norm
         return spec
 
     def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
@@ -72,13 +77,12 @@ class Block(Layer):
             params["mixer"], norm("mixer_norm", x), ctx, mixer_cache
         )
         x = residual(x, y, "mixer_post_norm")
+        cache = None if cache is None else {"mixer": mixer_cache}
+        if self.ffn is None:
+            return x, cache, Aux.join(mixer=mixer_aux)
         y, ffn_aux = self.ffn.apply(params["ffn"], norm("ffn_norm", x), ctx)
         x = residual(x, y, "ffn_post_norm")
-        return (
-            x,
-            None if cache is None else {"mixer": mixer_cache},
-            Aux.join(mixer=mixer_aux, ffn=ffn_aux),
-        )
+        return x, cache, Aux.join(mixer=mixer_aux, ffn=ffn_aux)
 
 
 @layer

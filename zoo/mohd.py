@@ -28,7 +28,7 @@ def residual(model: Decoder, share: float = 0.5) -> Decoder:
 
     def wrapped(stack: Repeat) -> Repeat:
         block = stack.block
-        if not isinstance(block, Block):
+        if not isinstance(block, Block) or block.ffn is None:
             raise ValueError(f"blocks: {type(block).__name__}; need blocks of mixer and ffn")
         mixer = MoHDResidual(gate=gate, inner=block.mixer)
         ffn = MoHDResidual(gate=gate, inner=block.ffn)

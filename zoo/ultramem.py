@@ -20,7 +20,7 @@ def with_memory(model: Decoder, memory: UltraMemV2) -> Decoder:
     """`model` with `memory` beside the feed-forward of every block, and its table shared by all."""
     (stack,) = model.stacks
     block = stack.block
-    assert isinstance(block, Block)
+    assert isinstance(block, Block) and block.ffn is not None
     ffn = Parallel(layers=(block.ffn, memory))
     place = ("memory_layer", tuple(map(float, range(stack.n))))
     blocks = replace(stack, block=replace(block, ffn=ffn), constants=(*stack.constants, place))
@@ -58,7 +58,7 @@ def with_four_memories(model: Decoder, memory: Layer, first: int) -> Decoder:
     all."""
     (stack,) = model.stacks
     block = stack.block
-    assert isinstance(block, Block)
+    assert isinstance(block, Block) and block.ffn is not None
     beside = replace(block, ffn=Parallel(layers=(block.ffn, memory)))
     groups = Repeat(block=Chain(layers=(beside, block, block, block)), n=4)
     blocks = (Repeat(block=block, n=first), groups)

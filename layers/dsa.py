@@ -1,0 +1,243 @@
+"""DeepSeek sparse attention (DeepSeek-V3.2-Exp 2025): a lightning indexer chooses MLA's keys.
+
+Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
+"""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from bestiary.kernels.attention import visible
+from bestiary.kernels.block_attention import by_queries
+from bestiary.layers.base import (
+    Array,
+    Aux,
+    Cost,
+    Layer,
+    Param,
+    Tree,
+    layer,
+    positive,
+    weight,
+)
+from bestiary.layers.mla import MLA
+from bestiary.layers.norms import LayerNorm
+from bestiary.layers.rope import Rope
+from bestiary.layers.sharding import dot
+
+Stage = Literal["warmup", "sparse"]
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@layer
+class Indexer(Layer):
+    """I_ts = sum_j w_tj relu(q_tj k_s / sqrt(head_dim)), which ranks the keys of a query.
+
+    q_j = c_q W_q per head j, w = x W_w / sqrt(num_heads), and k = norm(x W_k) for all heads. The
+    first `rope_dim` channels of queries and keys are rotated.
+    """
+
+    dim: int
+    q_rank: int
+    num_heads: int
+    head_dim: int
+    rope_dim: int
+    rope: Rope = Rope()
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        positive(dim=self.dim, q_rank=self.q_rank, num_heads=self.num_heads)
+        if not 0 < self.rope_dim <= self.head_dim:
+            raise ValueError(f"rope_dim: {self.rope_dim}; need 1 to head_dim {self.head_dim}")
+        self.rope.frequencies(self.rope_dim)  # refuses an odd width
+
+    def spec(self) -> Tree:
+        query = (self.q_rank, self.num_heads, self.head_dim)
+        return {
+            "query": weight(query, (None, None, "head")),
+            "key": weight((self.dim, self.head_dim), ("embed", "head")),
+            "key_norm": LayerNorm(dim=self.head_dim, eps=self.norm_eps),
+            "weight": weight((self.dim, self.num_heads), ("embed", None)),
+        }
+
+    def cost(self, length: int) -> Cost:
+        """Adds q k over the keys of a whole sequence; active over the half seen on average."""
+        per_key = 2 * self.num_heads * self.head_dim
+        return super().cost(length) + Cost(per_key * length, per_key * (length + 1) / 2)
+
+    def queries(
+        self, params: Tree, x: Array, latent: Array, positions: Array
+    ) -> tuple[Array, Array]:
+        """q [batch, seq, num_heads, head_dim] and w [batch, seq, num_heads], of x [batch, seq, dim]
+        and the latent [batch, seq, q_rank]."""
+        q = self.rotate(dot("bsr,rnh->bsnh", latent, params["query"]), positions)
+        w = dot("bsd,dn->bsn", x, params["weight"], dtype=jnp.float32)
+        return q, w * self.num_heads**-0.5
+
+    def keys(self, params: Tree, x: Array, positions: Array) -> Array:
+        """[batch, seq, 1, head_dim] of x [batch, seq, dim]."""
+        norm = LayerNorm(dim=self.head_dim, eps=self.norm_eps)
+        k = norm.apply(params["key_norm"], dot("bsd,dh->bsh", x, params["key"]))
+        return self.rotate(k[..., None, :], positions)
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        turned = self.rope.apply(x[..., : self.rope_dim], positions)
+        return jnp.concatenate((turned, x[..., self.rope_dim :]), -1)
+
+    def scores(self, q: Array, w: Array, k: Array) -> Array:
+        """float32 [batch, T, S] of `queries` [batch, T, ...] and `keys` [batch, S, ...]."""
+        products = jnp.einsum("btnh,bsh->btns", q, k[:, :, 0], preferred_element_type=jnp.float32)
+        products = jax.nn.relu(products * self.head_dim**-0.5)
+        return jnp.einsum("btns,btn->bts", products, w)
+
+
+@layer
+class DSA(MLA):
+    """MLA over the `top_k` visible keys of every query with the largest index scores.
+
+    All heads share the choice; of equal scores the earlier slot wins; the choice has no gradient.
+    The indexer learns from `Aux.losses["indexer"]` alone, its inputs detached: the divergence
+    KL(p || softmax(I)) of p, what the heads attend to on average, over
+
+      stage "warmup": all visible keys, which all are attended to; train nothing but the indexer
+        (an experiment's `only="indexer"`);
+      stage "sparse": the chosen keys.
+
+    Raises ValueError as MLA does, without a latent for queries, and for an unknown stage.
+    """
+
+    top_k: int
+    index_heads: int
+    index_dim: int
+    index_rope: Rope = Rope()
+    """Of the first rope_dim channels of index queries and keys."""
+    index_norm_eps: float = 1e-6
+    stage: Stage = "sparse"
+    index_loss: float = 1.0
+    """Coefficient of the indexer's loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(top_k=self.top_k)
+        if self.q_rank is None:
+            raise ValueError("q_rank: None; the indexer needs a latent of queries")
+        if self.stage not in get_args(Stage):
+            raise ValueError(f"stage: {self.stage!r}; need one of {', '.join(get_args(Stage))}")
+        _ = self.indexer  # refuses what an indexer cannot be
+
+    @property
+    def indexer(self) -> Indexer:
+        assert self.q_rank is not None
+        return Indexer(
+            dim=self.dim,
+            q_rank=self.q_rank,
+            num_heads=self.index_heads,
+            head_dim=self.index_dim,
+            rope_dim=self.rope_dim,
+            rope=self.index_rope,
+            norm_eps=self.index_norm_eps,
+        )
+
+    def spec(self) -> Tree:
+        return super().spec() | {"indexer": self.indexer}
+
+    def cost(self, length: int) -> Cost:
+        """Of the masked form, which computes all heads over all keys; active over the chosen."""
+        cost = super().cost(length)
+        if self.stage == "warmup":
+            return cost
+        per_key = 2 * self.num_heads * (self.query_dim + self.value_dim)
+        chosen = min(self.top_k, length)
+        seen = chosen - chosen * (chosen - 1) / (2 * length)
+        return cost + Cost(0, per_key * (seen - (length + 1) / 2))
+
+    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
+        keys = Param((batch, length, 1, self.index_dim), ("batch", None, None, None), dtype=dtype)
+        return super().cache_spec(batch, length, dtype) | {"index": keys}
+
+    def entries(self, params: Tree, x: Array, positions: Array) -> Tree:
+        """Latents, and the indexer's keys of them."""
+        keys = self.indexer.keys(params["indexer"], jax.lax.stop_gradient(x), positions)
+        return super().entries(params, x, positions) | {"index": keys}
+
+    def mix(
+        self, params: Tree, x: Array, latent: Array, q: Array, entries: Tree, where: Tree, ctx: Any
+    ) -> tuple[Array, Aux]:
+        """As MLA, and the indexer's loss: queries in blocks, so that no scores [T, S] exist."""
+        positions = where.get("q_positions", jnp.arange(q.shape[1])[None])
+        turn = positions if ctx.positions is None else ctx.positions
+        x, latent = jax.lax.stop_gradient((x, latent))
+        index_q, index_w = self.indexer.queries(params["indexer"], x, latent, turn)
+        latents, index_k = (entries[name].astype(q.dtype) for name in ("k", "index"))
+        kv_positions = where.get("kv_positions", jnp.arange(latents.shape[1])[None])
+        gathers = self.gathers(latents.shape[1])
+        if gathers:
+            q, k, v = self.absorb(params, q), latents, latents
+        else:
+            k, v = self.expand(params, latents)
+
+        def block(q: Array, index_q: Array, index_w: Array, positions: Array, segments: Any) -> Any:
+            seen = visible(positions, kv_positions, segments, where["kv_segments"])
+            scores = self.indexer.scores(index_q, index_w, index_k)
+            return (self.gathered if gathers else self.masked)(q, k, v, scores, seen)
+
+        positions = jnp.broadcast_to(positions, q.shape[:2])
+        y, divergence, mass = by_queries(block, q, index_q, index_w, positions, where["q_segments"])
+        losses = {"indexer": self.index_loss * ctx.mean(divergence)}
+        aux = Aux(losses, {"indexed_mass": ctx.mean(mass)})
+        return self.values(params, y) if gathers else y, aux
+
+    def gathers(self, slots: int) -> bool:
+        """Whether the chosen latents, gathered for every query, cost fewer products than a mask
+        over the keys of all heads."""
+        gathered = self.top_k * (2 * self.kv_rank + self.rope_dim)
+        masked = slots * (self.query_dim + self.value_dim)
+        return self.stage == "sparse" and self.top_k <= slots and gathered < masked
+
+    def masked(
+        self, q: Array, k: Array, v: Array, scores: Array, seen: Array
+    ) -> tuple[Array, Array, Array]:
+        """Queries [batch, T, heads, ...] over keys and values [batch, S, heads, ...]: y, and
+        float32 [batch, T]: the indexer's divergence and the attention that its choice holds."""
+        chosen = choose(scores, seen, self.top_k)
+        kept = seen if self.stage == "warmup" else chosen
+        logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+        weights = softmax(self.query_scale * logits, kept[:, None])
+        y = jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
+        p = weights.mean(1)
+        return y, divergence(p, scores, kept), jnp.where(chosen, p, 0).sum(-1)
+
+    def gathered(
+        self, q: Array, k: Array, v: Array, scores: Array, seen: Array
+    ) -> tuple[Array, Array, Array]:
+        """As `masked`, absorbed queries over the chosen latents [batch, S, 1, ...] alone."""
+        del v
+        _, slots = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), self.top_k)
+        scores, kept = (jnp.take_along_axis(x, slots, 2) for x in (scores, seen))
+        latents = jax.vmap(lambda rows, slots: rows[slots])(k[:, :, 0], slots)
+        logits = jnp.einsum("btnr,btkr->btnk", q, latents, preferred_element_type=jnp.float32)
+        weights = softmax(self.query_scale * logits, kept[:, :, None])
+        y = jnp.einsum("btnk,btkr->btnr", weights.astype(k.dtype), latents)
+        p = weights.mean(2)
+        return y, divergence(p, scores, kept), p.sum(-1)
+
+
+def choose(scores: Array, seen: Array, top_k: int) -> Array:
+    """The `top_k` largest of the seen scores [batch, T, S], of equal ones the first: bool."""
+    top_k = min(top_k, scores.shape[-1])
+    _, slots = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), top_k)
+    batch, row = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
+    return jnp.zeros(scores.shape, bool).at[batch, row, slots].set(True) & seen
+
+
+def softmax(logits: Array, kept: Array) -> Array:
+    """Over the kept entries of the last axis; zeros where there are none."""
+    return jnp.where(kept, jax.nn.softmax(jnp.where(kept, logits, MASKED), -1), 0)
+
+
+def divergence(p: Array, scores: Array, kept: Array) -> Array:
+    """KL(p || softmax(scores)) over the kept entries of [..., S] -> [...]; p has no gradient."""
+    p = jax.lax.stop_gradient(p)
+    log_q = jax.nn.log_softmax(jnp.where(kept, scores, MASKED), -1)
+    return jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - log_q), 0).sum(-1)

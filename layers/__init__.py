@@ -26,10 +26,17 @@ from bestiary.layers.base import (
     zeros,
 )
 from bestiary.layers.blockffn import AdaptiveFactor, BlockFFN
+from bestiary.layers.cache import CachePolicy, Full, SinksWindow
+from bestiary.layers.cache_eviction import H2O, SnapKV
+from bestiary.layers.cache_kivi import KIVI
+from bestiary.layers.causal_conv import CausalConv
 from bestiary.layers.depth import MixtureOfDepths
+from bestiary.layers.dsa import DSA
 from bestiary.layers.engram import Engram
 from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.mamba import Mamba
+from bestiary.layers.mamba2 import Mamba2
 from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
 from bestiary.layers.mla import MLA
 from bestiary.layers.moba import MoBA
@@ -42,13 +49,17 @@ from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
 from bestiary.layers.sharding import AXES, DEFAULT_RULES, dot, pspec, shard, take, use_rules
+from bestiary.layers.shared_kv import SharedAttention, SharedKV
 from bestiary.layers.spark import GaussianGLU, SparkAttention, SparkFFN
 from bestiary.layers.ultramem import UltraMem, UltraMemV2
 
 __all__ = [
     "AXES",
     "DEFAULT_RULES",
+    "DSA",
     "GLU",
+    "H2O",
+    "KIVI",
     "MLA",
     "MLP",
     "NSA",
@@ -58,12 +69,15 @@ __all__ = [
     "Attention",
     "Aux",
     "BlockFFN",
+    "CachePolicy",
+    "CausalConv",
     "Chain",
     "Context",
     "Cost",
     "Count",
     "Embedding",
     "Engram",
+    "Full",
     "Fusion",
     "GaussianGLU",
     "Gelu",
@@ -74,6 +88,8 @@ __all__ = [
     "LayerNorm",
     "LearnedMLP",
     "Linear",
+    "Mamba",
+    "Mamba2",
     "MeanPool",
     "MemoryPlus",
     "MemoryTable",
@@ -93,7 +109,11 @@ __all__ = [
     "Repeat",
     "Rope",
     "Router",
+    "SharedAttention",
+    "SharedKV",
     "Silu",
+    "SinksWindow",
+    "SnapKV",
     "SparkAttention",
     "SparkFFN",
     "SubDimensions",

@@ -3,11 +3,14 @@
 Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from bestiary.kernels.attention import Mask, attention
+from bestiary.kernels.attention import Mask, attention, visible, weights
 from bestiary.kernels.attention.masks import CAUSAL, Window, visible_pairs
 from bestiary.kernels.dispatch import Impl
 from bestiary.layers import cache as kv
@@ -30,6 +33,7 @@ from bestiary.layers.sharding import pspec
 
 HEADS = ("batch", "seq", "heads", "head")
 KV_HEADS = ("batch", "seq", "kv_heads", "head")
+BLOCK = 512  # queries whose weights exist at a time
 
 
 @layer
@@ -63,6 +67,8 @@ class Attention(Layer):
     """One learned logit per head that takes attention and gives no value (gpt-oss)."""
     scale: float | None = None
     """Multiplies q k; None: head_dim ** -0.5."""
+    cache: kv.CachePolicy = kv.Full()
+    """Which keys and values decoding keeps, and how."""
     impl: Impl = "auto"
     out_gain: float = 1.0
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
@@ -124,49 +130,79 @@ class Attention(Layer):
         window = min(self.window or length, limit or length, length)
         return window - window * (window - 1) / (2 * length)
 
+    @property
+    def cached_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads
+
     def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
-        slots = min(length, self.window or length)
-        return kv.kv_cache_spec(batch, slots, self.num_kv_heads, self.head_dim, dtype)
+        entry = Param((self.cached_heads, self.head_dim), KV_HEADS[2:])
+        entries = {"k": entry, "v": entry}
+        return self.cache.spec(
+            batch, length, entries, dtype, heads=self.num_heads, window=self.window
+        )
 
     def apply(
         self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
     ) -> tuple[Array, Tree, Aux]:
         """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
+        positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
+        q = self.queries(params, x, positions)
+        keys = self.entries(params, x, positions)
+        if cache is not None:
+            at = jnp.broadcast_to(positions, x.shape[:2])
+            new = kv.tokens(keys, at, ctx.segment_ids)
+            queries = {"q": q} | kv.tokens({}, at, ctx.segment_ids)
+            received = partial(self.received, params, queries)
+            keys, cache = self.cache.update(cache, new, received, self.window)
+        y = self.mix(params, q, keys, positions, ctx)
+        return project("bsnh,nhd->bsd", y, params, "out"), cache, Aux()
+
+    def queries(self, params: Tree, x: Array, positions: Array) -> Array:
+        """[batch, seq, heads, head], rotated."""
         q = project("bsd,dnh->bsnh", x, params, "query", out=HEADS)
-        k = project("bsd,dnh->bsnh", x, params, "key", out=KV_HEADS)
-        v = project("bsd,dnh->bsnh", x, params, "value", out=KV_HEADS)
         if self.query_norm:
             q = _normed(self.query_norm, params["query_norm"], q)
+        return self.rotate(q, positions)
+
+    def entries(self, params: Tree, x: Array, positions: Array) -> Tree:
+        """What is kept of every token: "k", rotated, and "v" [batch, seq, kv_heads, head]."""
+        k = project("bsd,dnh->bsnh", x, params, "key", out=KV_HEADS)
+        v = project("bsd,dnh->bsnh", x, params, "value", out=KV_HEADS)
         if self.key_norm:
             k = _normed(self.key_norm, params["key_norm"], k)
-        positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
-        if cache is None:
+        return {"k": self.rotate(k, positions), "v": v}
+
+    def mix(self, params: Tree, q: Array, keys: Tree, positions: Array, ctx: Context) -> Array:
+        """Attends to the `entries` of these tokens, or to what a cache policy says they see."""
+        k, v, segments = keys["k"].astype(q.dtype), keys["v"].astype(q.dtype), ctx.segment_ids
+        if "position" not in keys:
             # in a row of packed documents, order in the row and equal segments say all
-            y = self.attend(
-                params, q, k, v, q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids
-            )
-        else:
-            positions = jnp.broadcast_to(positions, x.shape[:2])
-            new = kv.write(cache, k, v, positions, ctx.segment_ids)
-            overwrites = self.window is not None and x.shape[1] > 1
-            keys = kv.extend(cache, k, v, positions, ctx.segment_ids) if overwrites else new
-            y = self.attend(
-                params,
-                q,
-                keys["k"].astype(q.dtype),
-                keys["v"].astype(q.dtype),
-                q_positions=positions,
-                kv_positions=keys["position"],
-                q_segments=ctx.segment_ids,
-                kv_segments=None if ctx.segment_ids is None else keys["segment"],
-            )
-            cache = new
-        return project("bsnh,nhd->bsd", y, params, "out"), cache, Aux()
+            return self.attend(params, q, k, v, q_segments=segments, kv_segments=segments)
+        return self.attend(
+            params,
+            q,
+            k,
+            v,
+            q_positions=jnp.broadcast_to(positions, q.shape[:2]),
+            kv_positions=keys["position"],
+            q_segments=segments,
+            kv_segments=None if segments is None else keys["segment"],
+        )
 
     def rotate(self, x: Array, positions: Array) -> Array:
         """Positions enter queries and keys [batch, seq, heads, head] here."""
         return x if self.rope is None else self.rope.apply(x, positions)
+
+    def received(self, params: Tree, queries: Tree, keys: Tree, last: int | None = None) -> Array:
+        """The attention that `keys` receive from `queries`: as the function `received`."""
+        weigh = partial(self.weigh, params, keys["k"].astype(queries["q"].dtype))
+        return received(weigh, queries, keys, self.pattern, last)
+
+    def weigh(self, params: Tree, k: Array, q: Array, seen: Array) -> Array:
+        """How queries weigh the seen keys: float32 [batch, kv_heads, heads / kv_heads, T, S]."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return weights(q, k, seen, scale=scale, softcap=self.softcap, sinks=params.get("sinks"))
 
     def attend(
         self,
@@ -203,3 +239,46 @@ def _normed(norm: Layer, params: Tree, x: Array) -> Array:
     if getattr(norm, "dim", x.shape[-1]) == x.shape[-1]:
         return norm.apply(params, x)
     return norm.apply(params, x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+def received(
+    weigh: Callable[[Array, Array], Array],
+    queries: Tree,
+    keys: Tree,
+    mask: Mask,
+    last: int | None = None,
+) -> Array:
+    """The attention that keys receive, summed over queries: float32 [batch, kv_heads, heads /
+    kv_heads, S].
+
+    Args:
+      weigh: (q [batch, T, heads, head], seen as `visible` returns) -> float32 [batch, kv_heads,
+        heads / kv_heads, T, S].
+      queries: "q", "position" and, where there are documents, "segment"; padding counts for none.
+      keys: "position" and "segment" of a cache.
+      mask: which of the keys the queries see.
+      last: how many queries count, the newest of every row; None: all.
+    """
+    if last is not None and last < queries["position"].shape[1]:
+        order = jnp.where(queries["position"] >= 0, jnp.arange(queries["position"].shape[1]), -1)
+        _, newest = jax.lax.top_k(order, last)
+        rows = jnp.arange(len(newest))[:, None]
+        queries = {name: x[rows, newest] for name, x in queries.items()}
+    batch, length = queries["position"].shape
+    pad = -length % BLOCK if length > BLOCK else 0
+
+    def split(name: str, x: Array) -> Array:
+        width = ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, width, constant_values=-1 if name == "position" else 0)
+        return x.reshape(batch, -1, min(length, BLOCK), *x.shape[2:]).swapaxes(0, 1)
+
+    def add(total: Array | float, some: Tree) -> tuple[Array, None]:
+        position, segment = some["position"], some.get("segment")
+        kv_segment = None if segment is None else keys["segment"]
+        seen = visible(position, keys["position"], segment, kv_segment, mask)
+        w = weigh(some["q"], seen)
+        return total + jnp.where((position >= 0)[:, None, None, :, None], w, 0).sum(-2), None
+
+    blocks = {name: split(name, x) for name, x in queries.items()}
+    first, rest = ({name: x[part] for name, x in blocks.items()} for part in (0, slice(1, None)))
+    return jax.lax.scan(add, add(0.0, first)[0], rest)[0]

@@ -152,7 +152,8 @@ class Context:
     segment_ids: int32 [batch, seq], equal inside a document, 0 for padding (None: one document).
     tokens: int32 [batch, seq], the ids at these places, where a `Decoder` is around the layer.
     key: PRNG key (None: deterministic).
-    layer: the constants of the repeats around it; shared: parameters that all repeats use.
+    layer: the constants of the repeats around it; shared: what all layers inside use, such as
+      the parameters of one table, or keys and values.
     """
 
     positions: Array | None = None
@@ -267,6 +268,7 @@ def positive(**fields: int | None) -> None:
 
 
 T = TypeVar("T", bound=type)
+L = TypeVar("L")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -274,6 +276,18 @@ def layer(cls: T) -> T:
     """Makes a layer class a frozen, keyword-only, hashable dataclass that is static under `jit`."""
     cls = dataclass(frozen=True, kw_only=True)(cls)  # type: ignore[call-overload]
     return jax.tree_util.register_static(cls)
+
+
+def map_layers(f: Callable[[Layer], Layer], x: L) -> L:
+    """`x`, a layer or a tuple of them, with f of every layer in it in its place, inner ones
+    first."""
+    if isinstance(x, tuple):
+        return tuple(map_layers(f, member) for member in x)  # type: ignore[return-value]
+    if not isinstance(x, Layer):
+        return x
+    old = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}  # type: ignore
+    new = {name: map_layers(f, value) for name, value in old.items()}
+    return f(x if new == old else replace(x, **new))  # type: ignore[type-var, return-value]
 
 
 def is_param(x: Any) -> bool:

@@ -1,46 +1,202 @@
-"""The key-value cache: a ring of slots that know their positions.
+"""What a token mixer keeps of past tokens: cache policies behind one interface, and the exact ones.
 
-A full cache has one slot per position; that of a window of w keys has w slots, and position p is in
-slot p mod w. A slot at position -1 is empty.
+A cache is a dict of entries [batch, slots, heads, width], such as "k" and "v", beside the int32
+"position" (-1: an empty slot) and "segment" of every slot [batch, slots], or [batch, heads, slots]
+where heads keep different tokens. What a call brings has the same names, with tokens for slots.
+
+Positions may restart with a document: entries of a document that has ended are never seen again,
+and make place.
 """
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Param, Tree, constant
+from bestiary.layers.base import Array, Param, Tree, constant, positive
+
+INDEX = ("position", "segment")
+Received = Callable[..., Array]
+"""(keys, last=None) -> float32 [batch, heads, queries per head, S]: the attention that keys, as
+`CachePolicy.update` returns them, receive from the queries of this call, or from the `last` newest
+of every row."""
 
 
-def kv_cache_spec(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: object) -> Tree:
-    """Declares {"k", "v"} [batch, slots, kv_heads, head] and int32 {"position", "segment"} [batch,
-    slots]."""
-    kv = Param((batch, slots, kv_heads, head_dim), ("batch", None, "kv_heads", "head"), dtype=dtype)
-    index = Param((batch, slots), ("batch", None), constant(-1), jnp.int32)
-    return {"k": kv, "v": kv, "position": index, "segment": index}
+@dataclass(frozen=True, kw_only=True)
+class CachePolicy:
+    """What stays in the cache when it would grow beyond its slots."""
+
+    complete: ClassVar[bool] = False
+    """Whether that is every token, up to `length` or a window."""
+
+    def spec(
+        self,
+        batch: int,
+        length: int,
+        entries: Mapping[str, Param],
+        dtype: Any,
+        *,
+        heads: int,
+        window: int | None = None,
+    ) -> Tree:
+        """Declares the cache for `length` tokens.
+
+        `entries` says what a token brings, [heads, width] each; `heads` counts the queries'. Raises
+        ValueError where the policy cannot serve.
+        """
+        raise NotImplementedError
+
+    def update(
+        self, cache: Tree, new: Tree, received: Received, window: int | None = None
+    ) -> tuple[Tree, Tree]:
+        """(what the queries of this call attend to, the cache behind it).
+
+        Tokens at negative positions are padding and are not stored. `new` lacks "segment" where
+        there is but one document.
+        """
+        raise NotImplementedError
 
 
-def write(cache: Tree, k: Array, v: Array, positions: Array, segments: Array | None) -> Tree:
-    """Puts keys and values [batch, T, ...] of int32 `positions` [batch, T] into their slots.
+@dataclass(frozen=True, kw_only=True)
+class Full(CachePolicy):
+    """Everything, or with a window of w keys the newest w: position p is in slot p mod w."""
 
-    Entries at negative positions (padding) are not written, nor those that a later one of the same
-    call would overwrite.
+    complete = True
+
+    def spec(
+        self,
+        batch: int,
+        length: int,
+        entries: Mapping[str, Param],
+        dtype: Any,
+        *,
+        heads: int,
+        window: int | None = None,
+    ) -> Tree:
+        del heads
+        slots = min(length, window or length)
+        return declare(entries, batch, slots, dtype) | index_spec(batch, slots)
+
+    def update(
+        self, cache: Tree, new: Tree, received: Received | None = None, window: int | None = None
+    ) -> tuple[Tree, Tree]:
+        del received
+        slots = cache["position"].shape[1]
+        stays, age = newest_first(new)
+        stored = put(cache, new, jnp.where(stays & (age < slots), new["position"] % slots, slots))
+        # would a token overwrite what an earlier one of the same call still sees?
+        overwrites = new["position"].shape[1] > 1 and (window is not None or "segment" in new)
+        return extend(cache, new) if overwrites else stored, stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinksWindow(CachePolicy):
+    """StreamingLLM (Xiao et al. 2023, arXiv 2309.17453): the first `sinks` tokens of a document and
+    the newest `window`.
+
+    Exact for a mixer whose mask lets a query see no others. Otherwise the tokens of one call see
+    all of each other. Keys keep the positions they were rotated at, where the paper counts them
+    inside the cache.
     """
-    slots = cache["position"].shape[1]
-    last = positions.max(1, keepdims=True)
-    keep = (positions >= 0) & (positions > last - slots)
-    slot = jnp.where(keep, positions % slots, slots)  # out of range: dropped
-    rows = jnp.arange(k.shape[0])[:, None]
-    segments = jnp.zeros_like(positions) if segments is None else segments
-    new = {"k": k, "v": v, "position": positions, "segment": segments}
+
+    sinks: int = 4
+    window: int = 252
+
+    def __post_init__(self) -> None:
+        positive(sinks=self.sinks, window=self.window)
+
+    def spec(
+        self,
+        batch: int,
+        length: int,
+        entries: Mapping[str, Param],
+        dtype: Any,
+        *,
+        heads: int,
+        window: int | None = None,
+    ) -> Tree:
+        del heads
+        no_window(self, window)
+        slots = min(length, self.sinks + self.window)
+        return declare(entries, batch, slots, dtype) | index_spec(batch, slots)
+
+    def update(
+        self, cache: Tree, new: Tree, received: Received | None = None, window: int | None = None
+    ) -> tuple[Tree, Tree]:
+        del received, window
+        slots, position = cache["position"].shape[1], new["position"]
+        stays, age = newest_first(new)
+        first = position < self.sinks
+        slot = jnp.where(first, position, self.sinks + (position - self.sinks) % self.window)
+        stored = put(cache, new, jnp.where(stays & (first | (age < self.window)), slot, slots))
+        return stored if position.shape[1] == 1 else extend(cache, new), stored
+
+
+def declare(entries: Mapping[str, Param], batch: int, slots: int, dtype: Any) -> Tree:
+    """Entries [batch, slots, heads, width] of what a token brings, [heads, width] each."""
+    return {
+        name: Param((batch, slots, *p.shape), ("batch", None, *p.axes), dtype=dtype)
+        for name, p in entries.items()
+    }
+
+
+def index_spec(batch: int, slots: int) -> Tree:
+    """Position and segment of every slot, which is empty."""
+    index = Param((batch, slots), ("batch", None), constant(-1), jnp.int32)
+    return dict.fromkeys(INDEX, index)
+
+
+def no_window(policy: CachePolicy, window: int | None) -> None:
+    """Raises ValueError where a mixer with a window has another policy than its ring."""
+    if window is not None:
+        name = type(policy).__name__
+        raise ValueError(f"cache: {name} beside window {window}; need Full, which keeps a window")
+
+
+def need_complete(policy: CachePolicy, mixer: str) -> None:
+    """Raises ValueError where a mixer that chooses among all keys has a policy that drops some."""
+    if not policy.complete:
+        name = type(policy).__name__
+        raise ValueError(f"cache: {name}; {mixer} needs every key, as Full and KIVI keep them")
+
+
+def tokens(entries: Tree, positions: Array, segments: Array | None) -> Tree:
+    """What a call brings: its entries, and where they stand."""
+    new = entries | {"position": positions}
+    return new if segments is None else new | {"segment": segments}
+
+
+def alive(tokens: Tree) -> Array:
+    """Which tokens belong to the document that is going on, that of the last one that is no
+    padding: bool [batch, T]."""
+    real = tokens["position"] >= 0
+    if "segment" not in tokens:
+        return real
+    last = jnp.where(real, jnp.arange(real.shape[-1]), -1).argmax(-1, keepdims=True)
+    return real & (tokens["segment"] == jnp.take_along_axis(tokens["segment"], last, -1))
+
+
+def newest_first(new: Tree) -> tuple[Array, Array]:
+    """Which tokens are alive, and by how many places the newest of them is ahead: [batch, T]."""
+    stays = alive(new)
+    newest = jnp.where(stays, new["position"], -1).max(1, keepdims=True)
+    return stays, newest - new["position"]
+
+
+def put(cache: Tree, new: Tree, slot: Array) -> Tree:
+    """The cache with every token in its `slot` [batch, T]; in none where that is beyond all."""
+    rows = jnp.arange(slot.shape[0])[:, None]
+    new = {"segment": jnp.zeros_like(new["position"])} | new
     return {
         name: old.at[rows, slot].set(new[name].astype(old.dtype), mode="drop")
         for name, old in cache.items()
     }
 
 
-def extend(cache: Tree, k: Array, v: Array, positions: Array, segments: Array | None) -> Tree:
-    """The old entries and the new ones side by side: what a chunk of queries attends to when
-    writing it into the ring would overwrite keys that its first queries still see."""
-    segments = jnp.zeros_like(positions) if segments is None else segments
-    new = {"k": k, "v": v, "position": positions, "segment": segments}
+def extend(cache: Tree, new: Tree) -> Tree:
+    """The slots and the new tokens side by side."""
+    new = {"segment": jnp.zeros_like(new["position"])} | new
     return {
         name: jnp.concatenate((old, new[name].astype(old.dtype)), 1) for name, old in cache.items()
     }

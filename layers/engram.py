@@ -92,9 +92,8 @@ class Engram(Layer):
         }
 
     def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
-        index = kv.kv_cache_spec(batch, self.max_n - 1, 1, 1, dtype)
         tokens = Param((batch, self.max_n - 1), ("batch", None), constant(NONE), jnp.int32)
-        last = {"k": tokens, "position": index["position"], "segment": index["segment"]}
+        last = {"k": tokens} | kv.index_spec(batch, self.max_n - 1)
         return {"mixer": self.mixer.cache_spec(batch, length, dtype), "last": last}
 
     def apply(
@@ -113,7 +112,8 @@ class Engram(Layer):
         aux = Aux.join(mixer=aux) | Aux(metrics={"gate": ctx.mean(gate)})
         if last is None:
             return y, None, aux
-        last = kv.write(last, ctx.tokens, ctx.tokens, positions, ctx.segment_ids)
+        new = kv.tokens({"k": ctx.tokens}, positions, ctx.segment_ids)
+        _, last = kv.Full().update(last, new)
         return y, {"mixer": mixed, "last": last}, aux
 
     def gate(self, params: Tree, x: Array, key: Array) -> Array:

@@ -34,7 +34,7 @@ def quantise(x: Array, bits: int, group: int, axis: int, dtype: object = jnp.flo
     entries along `axis`; scale and minimum are rounded to `dtype` first. A constant group has scale
     0 and codes 0."""
     x = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
-    groups = x.reshape(*x.shape[:-1], -1, group)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     top = 2**bits - 1
     low, scale = (a.astype(dtype) for a in (low, (high - low) / top))
@@ -47,11 +47,11 @@ def quantise(x: Array, bits: int, group: int, axis: int, dtype: object = jnp.flo
 def dequantise(x: Quantised, bits: int, group: int, axis: int) -> Array:
     """code * scale + minimum: [..., N, ...] in the type of the scale."""
     scale, low = (jnp.moveaxis(a, axis, -1)[..., None] for a in (x.scale, x.minimum))
-    n = scale.shape[-2] * group
-    code = unpack(jnp.moveaxis(x.code, axis, -1), bits)[..., :n]
-    code = code.reshape(*code.shape[:-1], -1, group).astype(scale.dtype)
+    groups = scale.shape[-2]
+    code = unpack(jnp.moveaxis(x.code, axis, -1), bits)[..., : groups * group]
+    code = code.reshape(*code.shape[:-1], groups, group).astype(scale.dtype)
     out = code * scale + low
-    return jnp.moveaxis(out.reshape(*out.shape[:-2], n), -1, axis)
+    return jnp.moveaxis(out.reshape(*out.shape[:-2], groups * group), -1, axis)
 
 
 def pack(code: Array, bits: int) -> Array:
@@ -59,7 +59,7 @@ def pack(code: Array, bits: int) -> Array:
     per_word = WORD // bits
     pad = -code.shape[-1] % per_word
     code = jnp.pad(code, ((0, 0),) * (code.ndim - 1) + ((0, pad),)).astype(jnp.uint32)
-    shifted = code.reshape(*code.shape[:-1], -1, per_word) << _shifts(bits)
+    shifted = code.reshape(*code.shape[:-1], code.shape[-1] // per_word, per_word) << _shifts(bits)
     # disjoint bits: their sum is their union
     return jax.lax.bitcast_convert_type(shifted.sum(-1, dtype=jnp.uint32), jnp.int32)
 
@@ -68,7 +68,7 @@ def unpack(packed: Array, bits: int) -> Array:
     """int32 words [..., W] -> int32 codes [..., 32 / bits W]."""
     unsigned = jax.lax.bitcast_convert_type(packed, jnp.uint32)[..., None]
     code = (unsigned >> _shifts(bits)) & jnp.uint32(2**bits - 1)
-    return code.astype(jnp.int32).reshape(*packed.shape[:-1], -1)
+    return code.astype(jnp.int32).reshape(*packed.shape[:-1], packed.shape[-1] * WORD // bits)
 
 
 def _shifts(bits: int) -> Array:

@@ -21,6 +21,11 @@ def keep(scores: Array, kept: int) -> Array:
     return jnp.sort(jax.lax.top_k(scores, kept)[1], -1)
 
 
+def best(scores: Array, real: Array, kept: int) -> Array:
+    """As `keep`, of the real keys first."""
+    return keep(jnp.where(real, scores, -jnp.inf), kept)
+
+
 def forced(scores: Array, before: int = 0, after: int = 0) -> Array:
     """Puts places in front of and behind all scores [..., S], which beat every one of them."""
     pad = ((0, 0),) * (scores.ndim - 1) + ((before, after),)
@@ -141,13 +146,16 @@ def pyramid_budgets(
     return tuple(round(highest - i * step) for i in range(layers))
 
 
-def heavy_hitters(score: Array, heavy: int, recent: int) -> Array:
-    """H2O (Zhang et al. 2023, arXiv 2306.14048), the streaming form: of keys in the order of their
-    age with accumulated `score` [..., S], the `heavy` best of the old and the `recent` newest:
-    int32 [..., heavy + recent]."""
-    old = score.shape[-1] - recent
-    newest = jnp.broadcast_to(jnp.arange(old, old + recent), (*score.shape[:-1], recent))
-    return jnp.concatenate((keep(score[..., :old], heavy), newest), -1)
+def newer(real: Array) -> Array:
+    """How many real keys stand behind each of [..., S], in the order of their age."""
+    return jnp.cumsum(real[..., ::-1], -1)[..., ::-1] - real
+
+
+def heavy_hitters(score: Array, real: Array, heavy: int, recent: int) -> Array:
+    """H2O (Zhang et al. 2023, arXiv 2306.14048), the streaming form: the `recent` newest keys, and
+    of the real ones before those the `heavy` best by accumulated score [..., S]: int32 [..., heavy
+    + recent]. Slots that are not real fill up."""
+    return best(jnp.where(newer(real) < recent, jnp.inf, score), real, heavy + recent)
 
 
 def heavy_hitter_mask(weights: Array, budget: int) -> Array:

@@ -3,14 +3,16 @@
 Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
-from bestiary.kernels.attention import attention
+from bestiary.kernels.attention import attention, weights
+from bestiary.kernels.attention.masks import Causal
 from bestiary.kernels.dispatch import Impl
 from bestiary.layers import cache as kv
-from bestiary.layers.attention import HEADS
+from bestiary.layers.attention import HEADS, received
 from bestiary.layers.base import (
     Array,
     Aux,
@@ -61,6 +63,8 @@ class MLA(Layer):
     """Of the norms on the latents."""
     scale: float | None = None
     """Multiplies q k; None: (nope_dim + rope_dim) ** -0.5."""
+    cache: kv.CachePolicy = kv.Full()
+    """Which latents decoding keeps, and how."""
     impl: Impl = "auto"
     out_gain: float = 1.0
     """Scales the initial output projection; 0 starts the layer as the identity of the residual."""
@@ -115,11 +119,13 @@ class MLA(Layer):
         active = 2 * self.num_heads * (self.query_dim + self.value_dim) * (length + 1) / 2
         return super().cost(length) + Cost(executed, active)
 
+    @property
+    def cached(self) -> dict[str, Param]:
+        """What is kept of a token, [1, width] each."""
+        return {"k": Param((1, self.kv_rank + self.rope_dim), (None, None))}
+
     def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
-        index = kv.kv_cache_spec(batch, length, 1, 1, dtype)
-        shape = (batch, length, 1, self.kv_rank + self.rope_dim)
-        latents = Param(shape, ("batch", None, None, None), dtype=dtype)
-        return {"k": latents, "position": index["position"], "segment": index["segment"]}
+        return self.cache.spec(batch, length, self.cached, dtype, heads=self.num_heads)
 
     def apply(
         self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
@@ -127,18 +133,19 @@ class MLA(Layer):
         """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
         positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
         entries = self.entries(params, x, positions)
+        latent = self.query_latent(params, x)
+        q = self.queries(params, latent, positions)
         segments = ctx.segment_ids
         # in a row of packed documents, order in the row and equal segments say all
         where: Tree = {"q_segments": segments, "kv_segments": segments}
         if cache is not None:
             at = jnp.broadcast_to(positions, x.shape[:2])
-            # one head, which is its own value: there is no second entry to write
-            entries = cache = kv.write(cache, entries["k"], entries["k"], at, segments)
-            where = {"q_positions": at, "kv_positions": cache["position"]}
+            queries = {"q": q} | kv.tokens({}, at, segments)
+            received = partial(self.received, params, queries)
+            entries, cache = self.cache.update(cache, kv.tokens(entries, at, segments), received)
+            where = {"q_positions": at, "kv_positions": entries["position"]}
             where |= {"q_segments": segments}
-            where |= {"kv_segments": None if segments is None else cache["segment"]}
-        latent = self.query_latent(params, x)
-        q = self.queries(params, latent, positions)
+            where |= {"kv_segments": None if segments is None else entries["segment"]}
         y, aux = self.mix(params, x, latent, q, entries, where, ctx)
         return project("bsnh,nhd->bsd", y, params, "out"), cache, aux
 
@@ -152,7 +159,8 @@ class MLA(Layer):
         """The heads' outputs [batch, T, heads, value_dim] for queries q over `entries`."""
         del x, latent, ctx
         latents = entries["k"].astype(q.dtype)
-        absorbs = "q_positions" in where and self.absorbs(q.shape[1], latents.shape[1])
+        own = latents.shape[2] > 1  # heads hold latents of their own
+        absorbs = "q_positions" in where and (own or self.absorbs(q.shape[1], latents.shape[1]))
         attend = self.absorbed if absorbs else self.expanded
         return attend(params, q, latents, where), Aux()
 
@@ -216,6 +224,15 @@ class MLA(Layer):
     def values(self, params: Tree, latents: Array) -> Array:
         """Values of the heads from their sums of latents [batch, T, heads, kv_rank + rope_dim]."""
         return dot("bsnr,rnh->bsnh", latents[..., : self.kv_rank], params["value"], out=HEADS)
+
+    def received(self, params: Tree, queries: Tree, keys: Tree, last: int | None = None) -> Array:
+        """The attention that latents receive from `queries`: as that of `Attention`."""
+        k = keys["k"].astype(queries["q"].dtype)
+
+        def weigh(q: Array, seen: Array) -> Array:
+            return weights(self.absorb(params, q), k, seen, scale=self.query_scale)
+
+        return received(weigh, queries, keys, Causal(), last)
 
     def attend(self, q: Array, k: Array, v: Array, where: Tree, **specs: Any) -> Array:
         return attention(q, k, v, scale=self.query_scale, impl=self.impl, **where, **specs)

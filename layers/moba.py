@@ -23,6 +23,7 @@ from bestiary.kernels.block_attention import (
 )
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Array, Aux, Context, Cost, Tree, layer, positive
+from bestiary.layers.cache import need_complete
 
 
 @layer
@@ -47,6 +48,7 @@ class MoBA(Attention):
         positive(block_size=self.block_size, top_k=self.top_k)
         if self.window is not None:
             raise ValueError(f"window: {self.window}; MoBA takes none")
+        need_complete(self.cache, "MoBA")
 
     def cost(self, length: int) -> Cost:
         """Adds the gates, q k and the weighted sum of v: executed over the keys that blocks are
@@ -131,7 +133,7 @@ class MoBA(Attention):
         means = jnp.repeat(self.means(k, places, blocks), q.shape[2] // k.shape[2], 2)
 
         def some(q: Array, q_document: Array, q_place: Array) -> tuple[Array]:
-            here = places._replace(q_document=q_document, q_place=q_place)
+            here = replace(places, q_document=q_document, q_place=q_place)
             gates = jnp.einsum(
                 "bthd,bchd->bthc", q.astype(jnp.float32), means, precision=jax.lax.Precision.HIGHEST
             )

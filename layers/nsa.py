@@ -39,6 +39,7 @@ from bestiary.layers.base import (
     positive,
     weight,
 )
+from bestiary.layers.cache import need_complete
 from bestiary.layers.sharding import dot, pspec
 
 BRANCHES = ("compressed", "chosen", "near")
@@ -177,6 +178,7 @@ class NSA(Attention):
             raise ValueError(f"window: {self.window}; NSA takes local_window")
         if self.sinks:
             raise ValueError("sinks: True; NSA takes none")
+        need_complete(self.cache, "NSA")
 
     @property
     def cached_heads(self) -> int:
@@ -315,7 +317,7 @@ class NSA(Attention):
         overlap = self.overlap(pieces, blocks)
 
         def some(q: Array, document: Array, place: Array) -> tuple[Array, Array]:
-            here = places._replace(q_document=document, q_place=place)
+            here = replace(places, q_document=document, q_place=place)
             seen = document[:, :, None] == pieces.document[:, None]
             seen &= pieces.place[:, None] + span - 1 <= place[:, :, None]
             weights = attention_weights(q, k, seen, scale=scale, softcap=self.softcap)

@@ -190,27 +190,27 @@ class SparkAttention(Attention):
         q_segments: Array | None = None,
         kv_segments: Array | None = None,
     ) -> Array:
-        del params
         q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
         kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
         seen = visible(q_positions, kv_positions, q_segments, kv_segments, self.pattern)
-        weights = self.weights(q, k, seen).astype(v.dtype)
+        weights = self.weigh(params, k, q, seen).astype(v.dtype)
         y = jnp.einsum("bkgts,bskh->btkgh", weights, v)
         return y.reshape(q.shape)
 
-    def weights(self, q: Array, k: Array, seen: Array) -> Array:
+    def weigh(self, params: Tree, k: Array, q: Array, seen: Array) -> Array:
         """Float32 [batch, kv_heads, heads / kv_heads, T, S], 0 outside the kept keys.
 
-        q [batch, T, heads, head], k [batch, S, kv_heads, head], seen bool [batch or 1, T, S].
+        q [batch, T, heads, head], k [batch, S, kv_heads, head], seen as `visible` returns.
         """
+        del params
         s1, s2 = self.scores(q, k)
-        kept = self.keep(s1, seen[:, None, None])
+        kept = self.keep(s1, (seen[:, None] if seen.ndim == 3 else seen)[:, :, None])
         return jax.nn.softmax(s1, -1, where=kept) * jnp.where(kept, jax.nn.softplus(s2), 0)
 
     def scores(self, q: Array, k: Array) -> tuple[Array, Array]:
         """s1 and s2, float32 [batch, kv_heads, heads / kv_heads, T, S]."""
         r, rest = self.predictor_dim, self.head_dim - self.predictor_dim
-        q = q.reshape(*q.shape[:2], self.num_kv_heads, -1, self.head_dim)
+        q = q.reshape(*q.shape[:2], k.shape[2], -1, self.head_dim)
 
         def product(part: slice, scale: float) -> Array:
             operands = q[..., part], k[..., part]

@@ -178,7 +178,7 @@ def test_spark_attention(golden: SimpleNamespace) -> None:
     s1, _ = layer.scores(q, k)
     close(layer.threshold(s1, seen[:, None, None]), a["att_theta"], "att_theta")
     close(layer.keep(s1, seen[:, None, None]), a["att_keep"], "att_keep")
-    close(layer.weights(q, k, seen), a["att_w"], "att_w")
+    close(layer.weigh({}, k, q, seen), a["att_w"], "att_w")
     close(layer.attend({}, q, k, v).swapaxes(1, 2), a["att_out"], "att_out")
 
 

@@ -21,6 +21,7 @@ from bestiary.eval.hlo import jaxpr_flops
 from bestiary.layers import (
     AXES,
     DEFAULT_RULES,
+    DSA,
     GLU,
     MLA,
     MLP,
@@ -31,6 +32,7 @@ from bestiary.layers import (
     Attention,
     Aux,
     BlockFFN,
+    CausalConv,
     Chain,
     Context,
     Embedding,
@@ -45,6 +47,8 @@ from bestiary.layers import (
     LayerNorm,
     LearnedMLP,
     Linear,
+    Mamba,
+    Mamba2,
     MemoryPlus,
     MemoryTable,
     MixtureOfDepths,
@@ -63,6 +67,8 @@ from bestiary.layers import (
     RMSNorm,
     Rope,
     Router,
+    SharedAttention,
+    SharedKV,
     Silu,
     SparkAttention,
     SparkFFN,
@@ -192,6 +198,30 @@ LAYERS: dict[str, Layer] = {
     "mla": MLA(
         dim=DIM, num_heads=4, kv_rank=8, q_rank=14, nope_dim=6, rope_dim=2, value_dim=10, bias=True
     ),
+    "shared_kv": SharedKV(
+        source=Attention(**HEADS),
+        norm=NORM,
+        blocks=Chain(
+            layers=(Block(mixer=SharedAttention(**HEADS), ffn=POLY_NORM_MLP, norm=NORM),) * 2
+        ),
+    ),
+    "dsa": DSA(
+        dim=DIM,
+        num_heads=4,
+        kv_rank=8,
+        q_rank=14,
+        nope_dim=6,
+        rope_dim=2,
+        value_dim=10,
+        top_k=3,
+        index_heads=2,
+        index_dim=4,
+    ),
+    "causal_conv": CausalConv(dim=DIM, kernel=3),
+    "mamba": Mamba(dim=DIM, inner=16, state=6, dt_rank=2, bias=True, chunk=2),
+    "mamba2": Mamba2(
+        dim=DIM, num_heads=4, head_dim=6, state=8, groups=2, mlp=10, bias=True, chunk=3
+    ),
     "pkm": PKM(**PRODUCT_KEYS),
     "memory_plus": MemoryPlus(**PRODUCT_KEYS),
     "peer": PEER(**PRODUCT_KEYS),
@@ -310,7 +340,7 @@ def all_layer_classes() -> set[type]:
 
 
 def test_the_table_covers_every_layer_class() -> None:
-    in_decoders = {Engram, MTP}  # which give them more than one array
+    in_decoders = {Engram, MTP, SharedAttention}  # which give them more than one array
     missing = all_layer_classes() - {type(pure) for pure in LAYERS.values()} - in_decoders
     assert not missing, f"add instances to LAYERS: {sorted(c.__name__ for c in missing)}"
 
@@ -412,7 +442,8 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     apply, gradient = compiled(pure)
     ct = cotangent(apply(params, x))
     grads = gradient(params, x, ct)
-    trained = {path: p.trainable for path, p in flatten(declared)}
+    # DSA's indexer learns from a loss of its own
+    trained = {path: p.trainable and "indexer/" not in path for path, p in flatten(declared)}
     for path, g in flatten(grads):
         assert np.any(g) or not trained[path], f"{path} gets no gradient"
     if not jax.tree.leaves(params):

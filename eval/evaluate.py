@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Annotated
 
@@ -14,7 +15,10 @@ import numpy as np
 import tyro
 from numpy.typing import ArrayLike
 
-from bestiary.layers.base import Array, Tree, flatten
+from bestiary.eval.accounting import account
+from bestiary.eval.caching import Caching, with_cache
+from bestiary.layers.base import Array, Aux, Context, Tree, flatten
+from bestiary.layers.cache import Full
 from bestiary.train.data import load, validation_batches
 from bestiary.train.objective import Batch, context, head_losses
 from bestiary.train.tokenizer import Tokenizer
@@ -39,8 +43,29 @@ class Evaluation:
     """Share of non-zero activations by path in the model, with a value per repeated layer."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheUse:
+    """What the cache of `bestiary eval --cache` takes."""
+
+    policy: str
+    chunk: int
+    """Tokens read at a time."""
+    length: int
+    """Tokens of a sequence."""
+    bytes_per_token: float
+    """Of a whole sequence's cache, by its tokens."""
+    full_bytes_per_token: float
+    """The same of a cache that keeps everything as it is."""
+    others: list[str]
+    """Token mixers that the policy does not apply to; their bytes count in both."""
+
+
 def evaluate(
-    model: Decoder, params: Tree, batches: Iterable[Batch], token_bytes: ArrayLike
+    model: Decoder,
+    params: Tree,
+    batches: Iterable[Batch],
+    token_bytes: ArrayLike,
+    chunk: int | None = None,
 ) -> Evaluation:
     """Measures `model` on batches of equal shape, in one compiled program.
 
@@ -51,10 +76,15 @@ def evaluate(
       batches: dicts of [batch, T] arrays: int32 inputs, targets, positions, segment_ids; float32
         weights, 0 where a target does not count.
       token_bytes: [vocab], how many bytes of text each token stands for (see `count_bytes`).
+      chunk: None: sequences are read as wholes. Else that many tokens at a time by way of the
+        cache, which evicts or rounds what its policy says behind every chunk; shares of
+        activations are then means over chunks.
 
     Raises:
-      ValueError: when no target counts.
+      ValueError: when no target counts, or for a chunk below 1.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: {chunk}; need at least 1")
     token_bytes = jnp.asarray(token_bytes, jnp.int32)
     nats = weight = num_bytes = hits = 0.0
     shares: dict[str, np.ndarray] = {}
@@ -69,7 +99,7 @@ def evaluate(
 
     running = None
     for batch in batches:
-        following = batch_sums(model, params, batch, token_bytes)
+        following = batch_sums(model, params, batch, token_bytes, chunk=chunk)
         if running is not None:
             add(running)
         running = following
@@ -89,11 +119,16 @@ def evaluate(
     )
 
 
-@jax.jit
-def batch_sums(model: Decoder, params: Tree, batch: Batch, token_bytes: Array) -> Tree:
+@partial(jax.jit, static_argnames="chunk")
+def batch_sums(
+    model: Decoder, params: Tree, batch: Batch, token_bytes: Array, *, chunk: int | None = None
+) -> Tree:
     """Weighted sums over a batch: "nats", "hits", "weight", "bytes", and its "nonzero" shares by
     path."""
-    x, _, aux = model.hidden(params, batch["inputs"], context(batch))
+    if chunk is None:
+        x, _, aux = model.hidden(params, batch["inputs"], context(batch))
+    else:
+        x, aux = streamed(model, params, batch, chunk)
     targets, weights = batch["targets"], batch["weights"]
     nll, _ = head_losses(model, params, x, targets, 1)
     return {
@@ -103,6 +138,31 @@ def batch_sums(model: Decoder, params: Tree, batch: Batch, token_bytes: Array) -
         "bytes": (weights * token_bytes[targets]).sum(),
         "nonzero": {p: v for p, v in flatten(aux.metrics) if p.endswith("nonzero")},
     }
+
+
+def streamed(model: Decoder, params: Tree, batch: Batch, chunk: int) -> tuple[Array, Aux]:
+    """As `Decoder.hidden`, of rows read `chunk` tokens at a time into a cache; Aux is the mean."""
+    rows, length = batch["inputs"].shape
+    real = batch["segment_ids"] > 0
+    parts = {
+        "tokens": (batch["inputs"], 0),
+        "positions": (jnp.where(real, batch["positions"], -1), -1),
+        "segments": (batch["segment_ids"], 0),
+    }
+
+    def split(x: Array, fill: int) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk)), constant_values=fill)
+        return x.reshape(rows, -1, chunk).swapaxes(0, 1)
+
+    def read(cache: Tree, part: Tree) -> tuple[Tree, tuple[Array, Aux]]:
+        ctx = Context(positions=part["positions"], segment_ids=part["segments"])
+        x, cache, aux = model.hidden(params, part["tokens"], ctx, cache)
+        return cache, (x, aux)
+
+    chunks = {name: split(x, fill) for name, (x, fill) in parts.items()}
+    _, (x, aux) = jax.lax.scan(read, model.init_cache(rows, length), chunks)
+    aux = jax.tree.map(lambda v: v.mean(0), aux)
+    return x.swapaxes(0, 1).reshape(rows, -1, x.shape[-1])[:, :length], aux
 
 
 def count_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -126,10 +186,18 @@ class Evaluate:
     """Also measure how many activations the model needs (Sparsing Law), beside FAT and top-k."""
     ppl_increase: float = 0.01
     """What leaving out activations may add to the perplexity, as a share of it."""
+    caching: tyro.conf.OmitArgPrefixes[Caching] = Caching()
+    cache_chunk: int = 16
+    """With --cache, tokens that are read at a time, as a prompt is; they see each other in full
+    before the cache evicts. 1 is decoding token by token."""
     json: bool = False
     """Print one JSON object."""
 
     def __post_init__(self) -> None:
+        if self.cache_chunk < 1:
+            raise ValueError(f"cache_chunk: {self.cache_chunk}; need at least 1")
+        if self.caching.cache == "snapkv" and self.cache_chunk == 1:
+            raise ValueError("cache_chunk: 1; snapkv chooses by the tokens of a chunk, need more")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: {self.steps}; need at least 1")
         if not self.ppl_increase > 0:
@@ -149,7 +217,20 @@ def run(command: Evaluate) -> None:
     tokenizer, _, validation = load(data)
     model, token_bytes = experiment.model, count_bytes(tokenizer, experiment.model.vocab_size)
     batches = validation_batches(validation, data)
-    result = evaluate(model, params, islice(batches, command.steps), token_bytes)
+    chunk = use = None
+    if command.caching.cache is not None:
+        chunk = command.cache_chunk
+        full, _ = with_cache(model, Full())
+        model, others = with_cache(model, command.caching.policy())
+        use = CacheUse(
+            policy=command.caching.cache,
+            chunk=chunk,
+            length=data.length,
+            bytes_per_token=account(model, data.length).cache_bytes_per_token,
+            full_bytes_per_token=account(full, data.length).cache_bytes_per_token,
+            others=others,
+        )
+    result = evaluate(model, params, islice(batches, command.steps), token_bytes, chunk)
     thinned = None
     if command.sparsity:
         some = list(islice(batches, command.steps or SPARSITY_BATCHES))
@@ -158,14 +239,16 @@ def run(command: Evaluate) -> None:
         found = dataclasses.asdict(result)
         if thinned is not None:
             found["sparsity"] = dataclasses.asdict(thinned)
+        if use is not None:
+            found["cache"] = dataclasses.asdict(use)
         print(json.dumps(found))
         return
-    show(result)
+    show(result, use)
     if thinned is not None:
         show_sparsity(thinned)
 
 
-def show(result: Evaluation) -> None:
+def show(result: Evaluation, use: CacheUse | None = None) -> None:
     """Prints tables for a person."""
     from rich.console import Console
     from rich.table import Table
@@ -177,6 +260,14 @@ def show(result: Evaluation) -> None:
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             summary.add_row(name.replace("_", " "), text)
     console.print(summary)
+    if use is not None:
+        cache = Table("measure", "value", title=f"Cache, read {use.chunk} tokens at a time")
+        cache.add_row("policy", use.policy)
+        cache.add_row(f"bytes per token at {use.length}", f"{use.bytes_per_token:,.1f}")
+        cache.add_row("the same of a full cache", f"{use.full_bytes_per_token:,.1f}")
+        for mixer in use.others:
+            cache.add_row("as before", mixer)
+        console.print(cache)
     if result.nonzero:
         layers = Table("layers", "first to last", title="Share of non-zero activations")
         for path, shares in result.nonzero.items():

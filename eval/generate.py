@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 from numpy.typing import ArrayLike
 
+from bestiary.eval.caching import Caching, with_cache
 from bestiary.eval.sampling import Sampling
 from bestiary.layers.base import Array, Context, Param, Tree, is_param
 from bestiary.train.tokenizer import Tokenizer, load_tokenizer
@@ -216,6 +217,7 @@ class Generate:
     max_new_tokens: int = 256
     """Length at which a continuation that did not end before is cut."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
+    caching: tyro.conf.OmitArgPrefixes[Caching] = Caching()
     seed: int = 0
     """Equal seeds give equal samples, however many are made at once."""
     json: bool = False
@@ -236,10 +238,16 @@ def run(command: Generate) -> None:
     from bestiary.train.checkpoint import load_run
 
     experiment, params = load_run(command.run_dir)
+    model = experiment.model
+    if command.caching.cache is not None:
+        policy = command.caching.policy(room=command.max_new_tokens)
+        model, others = with_cache(model, policy)
+        if others:
+            print(f"cache: {', '.join(others)} as before", file=sys.stderr)
     tokenizer = load_tokenizer(experiment.data.tokenizer)
     prompt = tokenizer.encode(command.prompt)
     steps = generate(
-        experiment.model,
+        model,
         params,
         prompt[None],
         max_new_tokens=command.max_new_tokens,

@@ -1,12 +1,12 @@
 """Routers that are pushed off balance: what does an uneven load do to a mixture of experts?"""
 
 import dataclasses
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Layer, Tree, layer
+from bestiary.layers.base import Array, Layer, Tree, layer, map_layers
 from bestiary.layers.router import Router
 
 Routing = Literal["balanced", "zipf", "adversarial"]
@@ -43,15 +43,10 @@ def skewed(model: T, routing: Routing) -> T:
     if routing == "balanced":
         return model
 
-    def changed(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(map(changed, x))
-        if not isinstance(x, Layer):
+    def changed(x: Layer) -> Layer:
+        if not isinstance(x, Router):
             return x
-        fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}  # type: ignore
-        if isinstance(x, Router):
-            return SkewedRouter(**fields, skew=routing)
-        new = {name: changed(value) for name, value in fields.items()}
-        return x if new == fields else dataclasses.replace(x, **new)  # type: ignore
+        fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+        return SkewedRouter(**fields, skew=routing)
 
-    return changed(model)
+    return map_layers(changed, model)

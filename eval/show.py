@@ -19,6 +19,7 @@ from rich.table import Table
 
 import bestiary.layers
 from bestiary.eval.accounting import Accounting, account
+from bestiary.eval.caching import Caching, with_cache
 from bestiary.layers.base import Layer, flatten
 from bestiary.train.experiment import Experiment, experiments, load_experiment
 from bestiary.train.mesh import MESH_AXES, placed
@@ -106,6 +107,7 @@ class Show:
     """Context length of the figures; by default that of the experiment, 4096 for a model."""
     sharding: bool = False
     """Print every parameter's shape and placement on the mesh of the experiment."""
+    caching: tyro.conf.OmitArgPrefixes[Caching] = Caching()
     json: bool = False
     """Print JSON."""
 
@@ -117,6 +119,9 @@ def run_show(options: Show, experiment: Experiment | None = None) -> None:
     if experiment is None and options.sharding:
         raise ValueError(f"sharding: {options.name!r} is not an experiment, so it has no mesh")
     model = load_model(options.name) if experiment is None else experiment.model
+    if options.caching.cache is not None:
+        model, _ = with_cache(model, options.caching.policy())
+        experiment = experiment and dataclasses.replace(experiment, model=model)
     length = options.length
     if length is None:
         length = 4096 if experiment is None else experiment.data.length

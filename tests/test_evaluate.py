@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bestiary.eval import evaluate as evaluation
+from bestiary.eval.caching import Caching, with_cache
 from bestiary.eval.evaluate import Evaluate, count_bytes, evaluate
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Context
@@ -86,6 +87,15 @@ def test_batch_size_and_padding_rows_do_not_matter(batch_size):
     assert (result.tokens, result.bytes) == (expected.tokens, expected.bytes)
     np.testing.assert_allclose(result.nats_per_token, expected.nats_per_token, rtol=1e-6)
     np.testing.assert_allclose(result.bits_per_byte, expected.bits_per_byte, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_reading_by_way_of_the_cache_measures_the_same(chunk):
+    """Documents of packed rows, and padding, in chunks that do and do not divide a row."""
+    counts = count_bytes(ByteTokenizer(), VOCAB)
+    result, expected = evaluate(MODEL, weights(), batches(3), counts, chunk), measured(2)
+    assert (result.tokens, result.bytes) == (expected.tokens, expected.bytes)
+    np.testing.assert_allclose(result.nats_per_token, expected.nats_per_token, rtol=1e-5)
 
 
 def test_nonzero_shares_are_those_of_the_layers():
@@ -204,6 +214,47 @@ def test_the_command_takes_the_validation_split_or_other_text(loaded, capsys):
     assert evaluated(capsys, data_path=str(loaded / "other.txt"))["tokens"] == 32
 
 
+def test_the_command_measures_under_a_cache_policy(loaded, capsys):
+    whole = evaluated(capsys)
+    full = evaluated(capsys, caching=Caching(cache="full"))
+    np.testing.assert_allclose(full["perplexity"], whole["perplexity"], rtol=1e-4)
+    assert full["cache"]["bytes_per_token"] == full["cache"]["full_bytes_per_token"]
+    few = evaluated(capsys, caching=Caching(cache="h2o", cache_budget=4), cache_chunk=1)
+    assert few["tokens"] == whole["tokens"] and few["perplexity"] != whole["perplexity"]
+    assert few["cache"]["policy"] == "h2o" and few["cache"]["length"] == LENGTH
+    assert few["cache"]["bytes_per_token"] < 0.5 * few["cache"]["full_bytes_per_token"]
+    evaluation.run(Evaluate(run_dir="x", caching=Caching(cache="sinks-window", cache_budget=5)))
+    said = capsys.readouterr().out
+    for word in ("sinks-window", "bytes per token at 13", "full cache"):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(cache_budget=9), "cache_budget: 9 beside cache unset; need cache sinks-window or "),
+        (dict(cache="full", cache_sinks=2), "cache_sinks: 2 beside cache full; need cache sinks-"),
+        (dict(cache="kivi4", cache_budget=9), "cache_budget: 9 beside cache kivi4; need cache "),
+        (dict(cache="h2o", cache_budget=1), "cache_budget: 1; need at least 2"),
+        (dict(cache="h2o", cache_budget=8, cache_recent=8), "cache_recent: 8; need 1 to 7 of "),
+        (dict(cache="kivi2", cache_residual=40), "residual: 40; need a multiple of group_size 32"),
+    ],
+)
+def test_impossible_cache_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Caching(**settings)
+
+
+def test_a_model_without_a_mixer_for_the_policy_is_refused():
+    windows = dataclasses.replace(ATTENTION, window=5)
+    model = llama(vocab_size=VOCAB, num_layers=1, attention=windows, ffn=SPARK)
+    with pytest.raises(ValueError, match="^cache: the model has Attention with window 5; none "):
+        with_cache(model, Caching(cache="h2o").policy())
+    mixed = gemma2(vocab_size=VOCAB, num_layers=2, attention=ATTENTION, ffn=SPARK, window=5)
+    changed, others = with_cache(mixed, Caching(cache="h2o").policy())
+    assert others == ["Attention with window 5"] and changed != mixed
+
+
 def test_the_command_prints_tables(loaded, capsys):
     evaluation.run(Evaluate(run_dir="x"))
     said = capsys.readouterr().out
@@ -214,6 +265,12 @@ def test_the_command_prints_tables(loaded, capsys):
 def test_the_command_refuses_what_it_cannot_use(loaded, tmp_path):
     with pytest.raises(ValueError, match="^steps: 0; need at least 1$"):
         Evaluate(run_dir="x", steps=0)
+    with pytest.raises(ValueError, match="^cache_chunk: 0; need at least 1$"):
+        Evaluate(run_dir="x", cache_chunk=0)
+    with pytest.raises(
+        ValueError, match="^cache_chunk: 1; snapkv chooses by the tokens of a chunk"
+    ):
+        Evaluate(run_dir="x", caching=Caching(cache="snapkv"), cache_chunk=1)
     with pytest.raises(ValueError, match=r"^data.path[^\n]+$"):
         evaluation.run(Evaluate(run_dir="x", data_path=str(tmp_path / "none.txt")))
 

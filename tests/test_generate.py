@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bestiary.eval import generate as generation
+from bestiary.eval.caching import Caching, with_cache
 from bestiary.eval.generate import Generate, Tokens, bucket, collect, generate, stream_text
 from bestiary.eval.sampling import Sampling
 from bestiary.layers.attention import Attention
@@ -234,6 +235,30 @@ def loaded(monkeypatch):
     run = SimpleNamespace(model=model, data=Data()), weights(model)
     module = SimpleNamespace(load_run=lambda path: run)
     monkeypatch.setitem(sys.modules, "bestiary.train.checkpoint", module)
+
+
+@pytest.mark.parametrize("name", ["sinks-window", "h2o", "snapkv", "kivi4"])
+def test_a_roomy_cache_changes_nothing(name):
+    """The prompts of a batch have lengths of their own."""
+    model = MODELS["llama"]
+    settings = {"cache_group_size": 8} if name == "kivi4" else {}
+    changed, _ = with_cache(model, Caching(cache=name, **settings).policy(room=9))
+    prompt = prompts(3, 13)
+    prompt[1, :6] = prompt[2, :11] = -1
+    options: dict[str, Any] = dict(max_new_tokens=9, sampling=GREEDY, key=KEY)
+    expected = collect(generate(model, weights(model), prompt, **options))
+    found = collect(generate(changed, weights(model), prompt, **options))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_takes_a_cache_policy(loaded, capsys):
+    options: dict[str, Any] = dict(run_dir="x", prompt="Hello, hello!", max_new_tokens=20)
+    said = []
+    for caching in (Caching(), Caching(cache="h2o", cache_budget=4)):
+        generation.run(Generate(**options, json=True, caching=caching))
+        said.append(json.loads(capsys.readouterr().out)["samples"][0]["log_probs"])
+    assert said[0][0] == pytest.approx(said[1][0]) and said[0] != said[1]
 
 
 def test_the_command_prints_text_or_json(loaded, capsys):

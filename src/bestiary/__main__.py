@@ -153,7 +153,8 @@ def _show(argv: Sequence[str]) -> int:
     mine, fields, args = [argv[0]], [], list(argv[1:])
     while args:
         flag = args.pop(0)
-        target = mine if flag.split("=")[0] in own else fields
+        cache = flag.startswith("--cache")
+        target = mine if cache or flag.split("=")[0] in own else fields
         target.append(flag)
         while args and not args[0].startswith("--"):
             target.append(args.pop(0))

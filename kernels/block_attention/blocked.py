@@ -36,12 +36,11 @@ def block_attention(
     shared = heads // selecting  # query heads of one choice
     q = q.reshape(batch, length, kv_heads, selecting // kv_heads, shared, head_dim)
     chosen = chosen.reshape(batch, length, kv_heads, selecting // kv_heads, -1)
-    aligned = places.document.shape[0] == 1  # no documents: own blocks lie on the grid of the row
     document, place, start = (
         jnp.broadcast_to(x, (batch, x.shape[1]))
         for x in (places.document, places.place, blocks.start)
     )
-    row = partial(_row, size=size, scale=scale, softcap=softcap, aligned=aligned)
+    row = partial(_row, size=size, scale=scale, softcap=softcap, aligned=places.one_document)
     for in_axes, out_axes in (
         ((1, None, None, None, None, None, 1, 0), 1),  # heads that choose, of one key head
         ((1, 1, 1, None, None, None, 1, 0), 1),  # key heads

@@ -1,6 +1,7 @@
 """Blocks of keys: where they lie in a row, which of them a query may choose, and the choice."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ QUERIES = 512  # queries whose scores exist at a time in a long sequence
 NOWHERE = jnp.iinfo(jnp.int32).max // 2
 
 
-class Places(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Places:
     """Where queries and keys stand: int32 [batch or 1, T] and [batch or 1, S].
 
     A place counts from the start of its document, so that blocks begin with every document. `order`
@@ -24,7 +27,9 @@ class Places(NamedTuple):
     document: Array
     """-1: an empty slot."""
     place: Array
-    order: Array | None
+    order: Array | None = None
+    one_document: bool = field(default=False, metadata={"static": True})
+    """Rows without segments, where blocks begin at the multiples of their size."""
 
     def seen(self) -> Array:
         """Which keys a query sees: bool [batch or 1, T, S]."""
@@ -63,7 +68,7 @@ def _of_rows(length: int, segments: Array | None) -> Places:
     else:
         document, first = _runs(segments)
         place = index - first
-    return Places(document, place, document, place, None)
+    return Places(document, place, document, place, one_document=segments is None)
 
 
 def _of_slots(

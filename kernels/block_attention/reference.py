@@ -1,5 +1,7 @@
 """Attention over chosen blocks as masked dense attention: the definition of truth."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -28,7 +30,7 @@ def block_attention(
     k, v = jnp.repeat(k, of_kv, 2), jnp.repeat(v, of_kv, 2)  # every selecting head has its own mask
 
     def some(q: Array, q_document: Array, q_place: Array, chosen: Array) -> tuple[Array]:
-        here = places._replace(q_document=q_document, q_place=q_place)
+        here = replace(places, q_document=q_document, q_place=q_place)
         own = here.seen() & (q_place[:, :, None] // size == places.place[:, None] // size)
         picked = (chosen[..., None] == jnp.arange(blocks.start.shape[1])).any(-2).swapaxes(1, 2)
         belongs = jnp.broadcast_to(block, (q.shape[0], block.shape[1]))

@@ -29,6 +29,7 @@ FAMILIES = {
 }
 # fields that say how a model is trained or run, not what it computes
 _UNTOLD = {
+    (Attention, "cache"),
     (Attention, "out_gain"),
     (BlockFFN, "chunk"),
     (BlockFFN, "density"),
@@ -44,6 +45,7 @@ _UNTOLD = {
     (GLU, "out_gain"),
     (Linear, "axes"),
     (Linear, "gain"),
+    (MLA, "cache"),
     (MLA, "out_gain"),
     (MoE, "path"),
     (Repeat, "remat"),

@@ -16,6 +16,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 from bestiary.kernels import rowwise_tpu
+from bestiary.kernels.attention import attention
+from bestiary.kernels.attention.masks import CAUSAL, longformer
 from bestiary.kernels.poly_norm import poly_norm
 from bestiary.kernels.poly_norm import specs as poly_norm_specs
 from bestiary.kernels.stat_topk_glu import normal_quantile, stat_topk_glu
@@ -127,6 +129,15 @@ def test_compiles_for_every_tpu(tpu_devices, program, case):
 @pytest.mark.parametrize(("program", "case"), cases("TINY") + cases("MODEL"))
 def test_every_shape_compiles_for_v5e(tpu_devices, program, case):
     assert_compiles(tpu_devices[0], program, case)
+
+
+@pytest.mark.parametrize("tpu_devices", ["v5e"], indirect=True)
+def test_attention_by_a_longformer_mask_compiles_for_tpu(tpu_devices):
+    mask = CAUSAL & longformer(512, (0, 700))
+    q, kv = (on(tpu_devices[0], (1, 2048, heads, 128), "bfloat16") for heads in (4, 2))
+    f = jax.grad(lambda *x: attention(*x, mask=mask).astype(jnp.float32).sum(), (0, 1, 2))
+    text = compiled(f, [q, kv, kv])
+    assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, dq, dkv
 
 
 @pytest.mark.parametrize("tpu_devices", ["v5e"], indirect=True)

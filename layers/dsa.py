@@ -21,6 +21,7 @@ from bestiary.layers.base import (
     positive,
     weight,
 )
+from bestiary.layers.cache_eviction import Evicting
 from bestiary.layers.mla import MLA
 from bestiary.layers.norms import LayerNorm
 from bestiary.layers.rope import Rope
@@ -125,6 +126,8 @@ class DSA(MLA):
         if self.stage not in get_args(Stage):
             raise ValueError(f"stage: {self.stage!r}; need one of {', '.join(get_args(Stage))}")
         _ = self.indexer  # refuses what an indexer cannot be
+        if isinstance(self.cache, Evicting) and self.cache.heads == "query":
+            raise ValueError("cache.heads: 'query'; DSA chooses the same keys for all heads")
 
     @property
     def indexer(self) -> Indexer:

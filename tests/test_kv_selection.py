@@ -127,3 +127,42 @@ def test_quantised_keys_and_values(golden: SimpleNamespace) -> None:
     for name, k, v in (("full", a["k"], a["v"]), ("quant", restored["k"], restored["v"])):
         y = attention(rows(a["q"]), rows(k), rows(v), q_positions=last, scale=hp["attention_scale"])
         close(y.swapaxes(1, 2), a[f"attn_{name}"], f"attn_{name}")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_within_half_a_step(bits: int) -> None:
+    """Also where they leave part of a word empty, of constant groups, and of none."""
+    x = np.random.default_rng(bits).normal(size=(3, 9, 6)).astype(np.float32)
+    x[1, :3] = 0.7
+    found = kq.quantise(jnp.asarray(x), bits, 3, 1)
+    assert found.code.shape == (3, kq.words(9, bits), 6) and found.code.dtype == jnp.int32
+    assert not found.scale[1, 0].any()
+    back = np.asarray(kq.dequantise(found, bits, 3, 1))
+    np.testing.assert_array_equal(back[1, :3], x[1, :3])
+    groups = x.reshape(3, 3, 3, 6)
+    step = (groups.max(2) - groups.min(2)) / (2**bits - 1)
+    assert (np.abs(back - x).reshape(3, 3, 3, 6) <= 0.501 * step[:, :, None] + 1e-6).all()
+    codes = np.random.default_rng(0).integers(2**bits, size=(2, 32))
+    packed = np.asarray(kq.pack(jnp.asarray(codes), bits)).view(np.uint32)
+    for i in range(32):
+        word, place = divmod(i * bits, 32)
+        np.testing.assert_array_equal(packed[:, word] >> place & (2**bits - 1), codes[:, i])
+    none = kq.quantise(jnp.zeros((2, 0, 4)), bits, 3, 1)
+    assert kq.dequantise(none, bits, 3, 1).shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("length", "kept", "layers", "window", "beta", "expected"),
+    [
+        (1000, 100, 5, 8, 20.0, (100,) * 5),  # the last would keep 5
+        (1000, 200, 5, 8, 20.0, (390, 295, 200, 105, 10)),
+        (400, 300, 3, 8, 20.0, (392, 300, 208)),  # the first keeps what there is
+        (400, 396, 3, 8, 20.0, (396, 396, 396)),  # the first would keep less than the last
+        (1000, 200, 1, 8, 20.0, (200,)),
+    ],
+)
+def test_pyramids(
+    length: int, kept: int, layers: int, window: int, beta: float, expected: tuple[int, ...]
+) -> None:
+    budgets = kvs.pyramid_budgets(length, kept, layers, window, beta)
+    assert budgets == expected and abs(np.mean(budgets) - kept) <= 0.5

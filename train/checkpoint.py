@@ -126,7 +126,7 @@ def restore(run_dir: Path, experiment: Experiment, mesh: js.Mesh) -> tuple[State
     with ocp.StandardCheckpointer() as reader:
         params = reader.restore(folder / "params", params)
         rest = {} if fresh else reader.restore(folder / "optimizer", rest)
-    trained, frozen = split(experiment.model.declare(), params)
+    trained, frozen = split(experiment.declare(), params)
     if fresh:
         state = init_state(experiment, mesh)
     else:

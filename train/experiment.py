@@ -4,10 +4,14 @@ import importlib
 import inspect
 import json
 import pkgutil
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
+
+from bestiary.layers.base import Param, Tree, is_param, params_of
 from bestiary.train import tree_json
 from bestiary.train.data import Data
 from bestiary.train.mesh import Mesh
@@ -77,6 +81,12 @@ class Experiment:
     """Steps between two lines of metrics."""
     seed: int = 0
     """Of the initial parameters and of the order of the data."""
+    initial: str | None = None
+    """A run to begin from: its newest parameters, where path and shape are this model's; the rest
+    is drawn. So a mixer, or a stage of its training, changes in the middle."""
+    only: str | None = None
+    """A regular expression that the paths of the parameters to train contain, such as "indexer";
+    all others stay as they are, whatever the loss. None: all are trained."""
     run_dir: str | None = None
     """Where the run is kept; runs/NAME when absent. An interrupted run there is continued."""
 
@@ -95,6 +105,8 @@ class Experiment:
             raise ValueError(f"log_every: {self.log_every}; need at least 1")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed}; need 0 or more")
+        if self.only is not None and not any(p.trainable for p in params_of(self.declare())):
+            raise ValueError(f"only: {self.only!r} is in the path of no trained parameter")
         if self.accumulate < 1 or self.data.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: {self.accumulate}; need a divisor of "
@@ -105,6 +117,24 @@ class Experiment:
                 f"objective.chunks: {self.objective.chunks}; need a divisor of "
                 f"data.length {self.data.length}"
             )
+
+    def declare(self) -> Tree:
+        """The model's parameters; those that `only` leaves out are not trained.
+
+        Raises ValueError when `only` is no regular expression.
+        """
+        if self.only is None:
+            return self.model.declare()
+        try:
+            wanted = re.compile(self.only)
+        except re.error as error:
+            raise ValueError(f"only: {self.only!r} is no regular expression: {error}") from None
+
+        def one(path: tuple, p: Param) -> Param:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return p if wanted.search(name) else replace(p, trainable=False)
+
+        return jax.tree_util.tree_map_with_path(one, self.model.declare(), is_leaf=is_param)
 
 
 def experiments() -> dict[str, str]:

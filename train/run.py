@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from bestiary.layers.base import Tree
 from bestiary.train.checkpoint import EXPERIMENT, restore
@@ -22,11 +23,12 @@ from bestiary.train.experiment import (
     read_experiment,
     save_experiment,
 )
+from bestiary.train.initial import initial_state
 from bestiary.train.loop import Interrupted, Loop, evaluation_batches
 from bestiary.train.mesh import placed
 from bestiary.train.placement import check
 from bestiary.train.runtime import Signals, locked, start
-from bestiary.train.step import init_state, merge
+from bestiary.train.step import State, merge
 from bestiary.train.tokenizer import Tokenizer
 from bestiary.train.tree_json import difference
 from bestiary.zoo.decoder import Decoder
@@ -82,7 +84,7 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
             _claim(run_dir, experiment, name)
             held.enter_context(locked(run_dir))
         restored = restore(run_dir, experiment, mesh)
-        state, run = restored or (init_state(experiment, mesh), {"step": 0})
+        state, run = restored or (_initial(experiment, mesh, main), {"step": 0})
         if main and run["step"]:
             what = "is finished" if run["step"] == run["total"] else "goes on"
             print(f"{run_dir} {what} after step {run['step']}", flush=True)
@@ -97,6 +99,15 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
         text = validation if len(validation) else corpus
         _sample(run_dir, experiment.model, merge(state["params"], state["frozen"]), tokenizer, text)
     return run_dir
+
+
+def _initial(experiment: Experiment, mesh: Mesh, main: bool) -> State:
+    """The first state; says what `initial` gives of it."""
+    state, drawn = initial_state(experiment, mesh)
+    if main and experiment.initial is not None:
+        rest = f"; drawn: {', '.join(drawn)}" if drawn else ""
+        print(f"parameters of {experiment.initial}{rest}", flush=True)
+    return state
 
 
 def _claim(run_dir: Path, experiment: Experiment, name: str) -> None:

@@ -44,7 +44,7 @@ def merge(trained: Tree, frozen: Tree) -> Tree:
 
 def abstract_state(experiment: "Experiment", mesh: js.Mesh) -> State:
     """Shapes, dtypes and shardings of the state; optimiser moments lie with their parameter."""
-    declared = experiment.model.declare()
+    declared = experiment.declare()
     with placed(mesh, experiment.mesh.table):
         params, frozen = split(declared, map_params(lambda p: p.abstract(mesh), declared))
     trained, _ = split(declared, declared)
@@ -70,7 +70,7 @@ def abstract_state(experiment: "Experiment", mesh: js.Mesh) -> State:
 def init_state(experiment: "Experiment", mesh: js.Mesh) -> State:
     """The state before the first step, born sharded."""
     model, tx = experiment.model, _transformation(experiment)
-    declared = model.declare()
+    declared = experiment.declare()
 
     def draw(key: Array) -> State:
         params, frozen = split(declared, model.init(key))
@@ -109,7 +109,7 @@ def make_step(
     step whose loss or gradient is not finite leaves the parameters as they were; in mode "stop" it
     ruins them, and a state whose `bad` is not -1 must not be saved.
     """
-    tx, declared = _transformation(experiment), experiment.model.declare()
+    tx, declared = _transformation(experiment), experiment.declare()
     trained, _ = split(declared, declared)
 
     def step(state: State, batch: dict, total: Array) -> tuple[State, dict]:
@@ -199,5 +199,5 @@ def _gradient(experiment: "Experiment", state: State, batch: dict) -> tuple[Tree
 
 
 def _transformation(experiment: "Experiment") -> optax.GradientTransformation:
-    trained, _ = split(experiment.model.declare(), experiment.model.declare())
+    trained, _ = split(experiment.declare(), experiment.declare())
     return experiment.optimizer.build(trained)

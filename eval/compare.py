@@ -19,8 +19,8 @@ from bestiary.train.data import Data, load
 from bestiary.train.experiment import Checkpoints, Evaluation, load_experiment
 from bestiary.train.loop import Interrupted
 from bestiary.train.placement import check
-from bestiary.train.recall import is_recall
 from bestiary.train.runtime import locked, start
+from bestiary.train.tasks import Recall, is_task, parse
 from bestiary.train.tree_json import difference, to_json
 
 _RECALL = "recall:facts=8192"
@@ -84,7 +84,10 @@ class Compare:
                 f"data.validation_fraction: {self.data.validation_fraction}; need a part to train "
                 "on and a part to measure on"
             )
-        if self.task == "recall" and not (self.data.path is None or is_recall(self.data.path)):
+        if self.task == "recall" and not (
+            self.data.path is None
+            or (is_task(self.data.path) and isinstance(parse(self.data.path), Recall))
+        ):
             raise ValueError(
                 f"task: recall with data.path {self.data.path!r}; need recall:facts=N or none"
             )

@@ -37,6 +37,8 @@ class Evaluation:
     perplexity: float
     accuracy: float
     """Share of the targets that are the likeliest token."""
+    exact_rows: float
+    """Share of the rows all of whose targets are, of those that have any."""
     tokens: int
     bytes: int
     nonzero: dict[str, list[float]]
@@ -86,14 +88,15 @@ def evaluate(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: {chunk}; need at least 1")
     token_bytes = jnp.asarray(token_bytes, jnp.int32)
-    nats = weight = num_bytes = hits = 0.0
+    nats = weight = num_bytes = hits = rows = exact = 0.0
     shares: dict[str, np.ndarray] = {}
 
     def add(sums: Tree) -> None:
-        nonlocal nats, weight, num_bytes, hits
+        nonlocal nats, weight, num_bytes, hits, rows, exact
         sums = jax.device_get(sums)
         nats, weight = nats + float(sums["nats"]), weight + float(sums["weight"])
         num_bytes, hits = num_bytes + float(sums["bytes"]), hits + float(sums["hits"])
+        rows, exact = rows + float(sums["rows"]), exact + float(sums["exact"])
         for path, share in sums["nonzero"].items():
             shares[path] = shares.get(path, 0.0) + np.float64(sums["weight"]) * share
 
@@ -113,6 +116,7 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / (num_bytes or math.nan),
         perplexity=float(np.exp(loss)),
         accuracy=hits / weight,
+        exact_rows=exact / rows,
         tokens=round(weight),
         bytes=round(num_bytes),
         nonzero={path: np.ravel(share / weight).tolist() for path, share in shares.items()},
@@ -123,18 +127,21 @@ def evaluate(
 def batch_sums(
     model: Decoder, params: Tree, batch: Batch, token_bytes: Array, *, chunk: int | None = None
 ) -> Tree:
-    """Weighted sums over a batch: "nats", "hits", "weight", "bytes", and its "nonzero" shares by
-    path."""
+    """Sums over a batch, weighted: "nats", "hits", "weight", "bytes"; the number of its "rows" with
+    targets, and of those "exact" in all of them; its "nonzero" shares by path."""
     if chunk is None:
         x, _, aux = model.hidden(params, batch["inputs"], context(batch))
     else:
         x, aux = streamed(model, params, batch, chunk)
     targets, weights = batch["targets"], batch["weights"]
     nll, _ = head_losses(model, params, x, targets, 1)
+    right, counted = model.logits(params, x).argmax(-1) == targets, weights > 0
     return {
         "nats": (weights * nll).sum(),
-        "hits": (weights * (model.logits(params, x).argmax(-1) == targets)).sum(),
+        "hits": (weights * right).sum(),
         "weight": weights.sum(),
+        "rows": counted.any(1).sum(),
+        "exact": (counted.any(1) & (right | ~counted).all(1)).sum(),
         "bytes": (weights * token_bytes[targets]).sum(),
         "nonzero": {p: v for p, v in flatten(aux.metrics) if p.endswith("nonzero")},
     }

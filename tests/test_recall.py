@@ -12,7 +12,7 @@ from bestiary.eval.evaluate import evaluate
 from bestiary.train.checkpoint import save_run
 from bestiary.train.data import Data, load, train_iterator, validation_batches
 from bestiary.train.experiment import load_experiment
-from bestiary.train.recall import SYMBOLS, parse, read_recall
+from bestiary.train.tasks import SYMBOLS, Recall, read_task
 from bestiary.train.tokenizer import ByteTokenizer
 from bestiary.zoo.llama import llama, multi_head, swiglu
 
@@ -20,7 +20,7 @@ LENGTH = 29
 
 
 def rows(path: str) -> list[str]:
-    corpus = read_recall(path, ByteTokenizer(), LENGTH)
+    corpus = read_task(path, ByteTokenizer(), LENGTH)
     return [ByteTokenizer().decode(row) for row in corpus.tokens.reshape(-1, LENGTH)]
 
 
@@ -86,8 +86,11 @@ def test_same_rows_again_and_others_with_another_seed() -> None:
 @pytest.mark.parametrize(
     "path, said",
     [
-        ("recall:", "need NAME=NUMBER"),
-        ("recall:fact=3", "'fact=3'; need NAME=NUMBER once each, of facts, pairs, rows, seed"),
+        ("recall:", "exactly one of facts and pairs"),
+        (
+            "recall:fact=3",
+            "'fact=3'; need NAME=NUMBER once each, of rows, seed, facts, pairs, distance",
+        ),
         ("recall:facts=-3", "need NAME=NUMBER"),
         ("recall:facts=3,facts=4", "once each"),
         ("recall:rows=9", "exactly one of facts and pairs"),
@@ -106,7 +109,7 @@ def test_refusals(path: str, said: str) -> None:
 
 def test_another_tokeniser_is_refused() -> None:
     with pytest.raises(ValueError, match="need data.tokenizer='bytes'"):
-        read_recall("recall:facts=3", None, LENGTH)  # type: ignore[arg-type]
+        read_task("recall:facts=3", None, LENGTH)  # type: ignore[arg-type]
 
 
 def test_accuracy_is_reported_of_answers(tmp_path, capsys: pytest.CaptureFixture) -> None:
@@ -135,4 +138,4 @@ def test_accuracy_is_reported_of_answers(tmp_path, capsys: pytest.CaptureFixture
 
 def test_keys_are_as_short_as_they_can_be() -> None:
     assert len(set(SYMBOLS.tolist())) == 64 and SYMBOLS.max() < ByteTokenizer.eos
-    assert [parse(f"recall:facts={n}").key_width for n in (64, 65, 4097)] == [1, 2, 3]
+    assert [Recall(facts=n).key_width for n in (64, 65, 4097)] == [1, 2, 3]

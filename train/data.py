@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bestiary.train.corpus import Corpus, read_corpus
-from bestiary.train.recall import is_recall, read_recall
+from bestiary.train.tasks import is_task, read_task
 from bestiary.train.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Data:
 
     path: str | None = None
     """Text file, folder, .jsonl, .parquet, .array_record or token file (.npy, .bin); this Python's
-    own library sources when absent. A synthetic task: recall:facts=4096 (see train/recall.py)."""
+    own library sources when absent. A synthetic task: recall:facts=4096 (see train/tasks.py)."""
     tokenizer: str = "bytes"
     """Either "bytes" or the path of a Hugging Face tokenizer.json."""
     text_field: str = "text"
@@ -59,8 +59,8 @@ def load(data: Data) -> tuple[Tokenizer, Corpus, Corpus]:
         too short for a row of training (`length + 1` tokens) or validation (2 tokens).
     """
     tokenizer = load_tokenizer(data.tokenizer)
-    if data.path is not None and is_recall(data.path):
-        corpus = read_recall(data.path, tokenizer, data.length)
+    if data.path is not None and is_task(data.path):
+        corpus = read_task(data.path, tokenizer, data.length)
     else:
         corpus = read_corpus(data.path, tokenizer, data.text_field)
     train, validation = corpus.split(data.validation_fraction)

@@ -30,11 +30,13 @@ from bestiary.layers.cache import CachePolicy, Full, SinksWindow
 from bestiary.layers.cache_eviction import H2O, SnapKV
 from bestiary.layers.cache_kivi import KIVI
 from bestiary.layers.causal_conv import CausalConv
+from bestiary.layers.delta_rule import GatedDeltaNet
 from bestiary.layers.depth import MixtureOfDepths
 from bestiary.layers.dsa import DSA
 from bestiary.layers.engram import Engram
 from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.linear_attention import GatedLinearAttention
 from bestiary.layers.mamba import Mamba
 from bestiary.layers.mamba2 import Mamba2
 from bestiary.layers.memory import PEER, PKM, MemoryPlus, MemoryTable
@@ -45,6 +47,7 @@ from bestiary.layers.mohd import Fusion, MoHDFFN, MoHDResidual, SubDimensions
 from bestiary.layers.mole import LatentExperts, LatentGLU
 from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.nsa import NSA, LearnedMLP, MeanPool
+from bestiary.layers.performer import Performer
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
@@ -79,6 +82,8 @@ __all__ = [
     "Engram",
     "Full",
     "Fusion",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
     "GaussianGLU",
     "Gelu",
     "GeluTanh",
@@ -100,6 +105,7 @@ __all__ = [
     "MoHDResidual",
     "Parallel",
     "Param",
+    "Performer",
     "PolyNorm",
     "PolyReLU",
     "Precision",

@@ -38,6 +38,8 @@ from bestiary.layers import (
     Embedding,
     Engram,
     Fusion,
+    GatedDeltaNet,
+    GatedLinearAttention,
     GaussianGLU,
     Gelu,
     GeluTanh,
@@ -58,6 +60,7 @@ from bestiary.layers import (
     MoHDResidual,
     Parallel,
     Param,
+    Performer,
     PolyNorm,
     PolyReLU,
     Precision,
@@ -221,6 +224,13 @@ LAYERS: dict[str, Layer] = {
     "mamba": Mamba(dim=DIM, inner=16, state=6, dt_rank=2, bias=True, chunk=2),
     "mamba2": Mamba2(
         dim=DIM, num_heads=4, head_dim=6, state=8, groups=2, mlp=10, bias=True, chunk=3
+    ),
+    "performer": Performer(dim=DIM, num_heads=4, head_dim=6, num_features=14, chunk=2),
+    "gated_linear_attention": GatedLinearAttention(
+        dim=DIM, num_heads=4, key_dim=6, value_dim=10, rank=3, chunk=4
+    ),
+    "gated_delta_net": GatedDeltaNet(
+        dim=DIM, num_heads=4, num_key_heads=2, key_dim=6, value_dim=10, kernel=3, chunk=8
     ),
     "pkm": PKM(**PRODUCT_KEYS),
     "memory_plus": MemoryPlus(**PRODUCT_KEYS),

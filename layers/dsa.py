@@ -155,9 +155,10 @@ class DSA(MLA):
         seen = chosen - chosen * (chosen - 1) / (2 * length)
         return cost + Cost(0, per_key * (seen - (length + 1) / 2))
 
-    def cache_spec(self, batch: int, length: int, dtype: Any = jnp.float32) -> Tree:
-        keys = Param((batch, length, 1, self.index_dim), ("batch", None, None, None), dtype=dtype)
-        return super().cache_spec(batch, length, dtype) | {"index": keys}
+    @property
+    def cached(self) -> dict[str, Param]:
+        """Latents, and the indexer's keys."""
+        return super().cached | {"index": Param((1, self.index_dim), (None, None))}
 
     def entries(self, params: Tree, x: Array, positions: Array) -> Tree:
         """Latents, and the indexer's keys of them."""

@@ -95,7 +95,8 @@ def _row(
         sink = jnp.broadcast_to(sinks, (lses.shape[0], 1, lses.shape[2]))
         lses = jnp.concatenate((lses, sink), 1)
         outs = jnp.pad(outs, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    return (jax.nn.softmax(lses, 1)[..., None] * outs).sum(1)
+    # a product and a sum instead of this contraction crash XLA's CPU code (jax 0.10.2)
+    return jnp.einsum("tng,tngh->tgh", jax.nn.softmax(lses, 1), outs)
 
 
 def _weigh(

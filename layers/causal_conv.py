@@ -103,7 +103,7 @@ class CausalConv(Layer):
         y = weight[-1] * x
         for k in range(past):
             same = documents[:, k : k + length] == places.documents
-            y += weight[k] * jnp.where(same[..., None], window[:, k : k + length], 0)
+            y += jnp.where(same[..., None], weight[k] * window[:, k : k + length], 0)
         if self.bias:
             y += params["bias"].astype(y.dtype)
         # what is kept belongs to the last real token's document

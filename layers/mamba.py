@@ -4,7 +4,7 @@ Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,8 @@ class Mamba(Layer):
     def __post_init__(self) -> None:
         positive(dim=self.dim, inner=self.inner, state=self.state, dt_rank=self.dt_rank)
         positive(kernel=self.kernel, chunk=self.chunk)
+        if self.method not in get_args(Method):
+            raise ValueError(f"method: {self.method!r}; need one of {', '.join(get_args(Method))}")
 
     def spec(self) -> Tree:
         to_hidden, from_hidden = ("embed", "mlp"), ("mlp", None)

@@ -1,7 +1,8 @@
 """State-space duality in plain JAX, chunk after chunk: the definition of truth.
 
-Letters: b batch, q and k places in a chunk, g groups, r heads of a group, p channels of a head, n
-state channels. States are [b, g, n, r, p]: the heads of a group are one product with B or C.
+Letters: b sequences (those of every group apart), q and k places in a chunk, r heads of a group, p
+channels of a head, n state channels. States are [b, n, r, p]: the heads of a group are one product
+with B or C.
 """
 
 from typing import NamedTuple
@@ -15,11 +16,11 @@ Array = jax.Array
 class Chunk(NamedTuple):
     """What a chunk reads; `chunked` stacks all of them in front."""
 
-    x: Array  # [b, q, g, r, p]
-    dt: Array  # float32 [b, q, g, r]
-    a: Array  # float32 [b, q, g, r], dt A: what the state decays by, as a logarithm
-    B: Array  # [b, q, g, n]
-    C: Array  # [b, q, g, n]
+    x: Array  # [b, q, r, p]
+    dt: Array  # float32 [b, q, r]
+    s: Array  # float32 [b, q, r], the sum of dt A up to q, within its document and chunk
+    B: Array  # [b, q, n]
+    C: Array  # [b, q, n]
     document: Array  # int32 [b, q]
     before: Array  # int32 [b], the document of the state that enters
 
@@ -27,10 +28,10 @@ class Chunk(NamedTuple):
 class Decay(NamedTuple):
     """Factors in a chunk, 0 from one document to another."""
 
-    within: Array  # [b, g, r, q, k], from place k to a later q: L
-    enter: Array  # [b, q, g, r], from the state that enters to place q
-    leave: Array  # [b, k, g, r], from place k to the end
-    across: Array  # [b, g, r], of the state that enters
+    within: Array  # [b, r, q, k], from place k to a later q: L
+    enter: Array  # [b, q, r], from the state that enters to place q
+    leave: Array  # [b, k, r], from place k to the end
+    across: Array  # [b, r], of the state that enters
 
 
 def ssd(
@@ -45,82 +46,96 @@ def ssd(
     chunk: int,
 ) -> tuple[Array, Array]:
     """Shapes and types as in `bestiary.kernels.ssd.ssd`, without D; `chunk` divides the length."""
-    rows = chunked(x, dt, dt * A, B, C, documents, chunk)
-    state, y = jax.lax.scan(forward, grouped(state, B.shape[2]), rows)
-    return unchunked(y, x), ungrouped(state)
+    rows = chunked(x, dt, A, B, C, documents, chunk)
+    state, y = jax.lax.scan(forward, by_group(state, B.shape[2]), rows)
+    return joined(y, x), by_head(state, x)
 
 
 def forward(state: Array, c: Chunk) -> tuple[Array, Array]:
-    """The state that enters a chunk -> the state that leaves it, and y [b, q, g, r, p]."""
+    """The state that enters a chunk -> the state that leaves it, and y [b, q, r, p]."""
     decay = decays(c)
-    scores = product("bqgn,bkgn->bgqk", c.C, c.B)
-    weights = scores[:, :, None] * decay.within * c.dt.transpose(0, 2, 3, 1)[..., None, :]
-    y = product("bgrqk,bkgrp->bqgrp", weights.astype(c.x.dtype), c.x)
-    y += decay.enter[..., None] * product("bqgn,bgnrp->bqgrp", c.C, state.astype(c.C.dtype))
+    scores = product("bqn,bkn->bqk", c.C, c.B)
+    weights = scores[:, None] * decay.within * c.dt.swapaxes(1, 2)[:, :, None]
+    y = product("brqk,bkrp->bqrp", weights.astype(c.x.dtype), c.x)
+    y += decay.enter[..., None] * product("bqn,bnrp->bqrp", c.C, state.astype(c.C.dtype))
     left = ((decay.leave * c.dt)[..., None] * c.x).astype(c.x.dtype)
-    state = decay.across[:, :, None, :, None] * state + product("bkgn,bkgrp->bgnrp", c.B, left)
+    state = decay.across[:, None, :, None] * state + product("bkn,bkrp->bnrp", c.B, left)
     return state, y.astype(c.x.dtype)
 
 
 def decays(c: Chunk) -> Decay:
     same = c.document[:, :, None] == c.document[:, None, :]
-    seen = jnp.tril(same)
-    # sums within a document: no other changes their last bits
-    s = jnp.einsum("bqk,bkgr->bqgr", seen.astype(c.a.dtype), c.a, precision="highest")
-    first = (c.document == c.before[:, None])[:, :, None, None]
-    last = same[:, -1, :, None, None]
-    by_head = s.transpose(0, 2, 3, 1)
+    first, last = (c.document == c.before[:, None])[..., None], same[:, -1, :, None]
+    s = c.s.swapaxes(1, 2)
     # masked before exp, whose gradient would not be finite where it is not used
     return Decay(
-        _exp(by_head[..., :, None] - by_head[..., None, :], seen[:, None, None]),
-        _exp(s, first),
-        _exp(s[:, -1:] - s, last),
-        _exp(s[:, -1], first[:, -1]),
+        _exp(s[..., :, None] - s[..., None, :], jnp.tril(same)[:, None]),
+        _exp(c.s, first),
+        _exp(c.s[:, -1:] - c.s, last),
+        _exp(c.s[:, -1], first[:, -1]),
     )
 
 
 def product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    """einsum in float32 of operands that may be narrower: not all products of bfloat16 summed in
+    float32 exist on CPUs, and on TPUs float32 operands are multiplied as bfloat16."""
+    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def sums(a: Array, begins: Array, axis: int, reverse: bool = False) -> Array:
+    """Running sums that start anew where a document begins, so that none changes another's bits."""
+
+    def join(first: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jnp.where(then[1], then[0], first[0] + then[0]), first[1] | then[1]
+
+    begins = jnp.broadcast_to(begins, a.shape)
+    return jax.lax.associative_scan(join, (a, begins), axis=axis, reverse=reverse)[0]
 
 
 def chunked(
-    x: Array, dt: Array, a: Array, B: Array, C: Array, documents: Array, chunk: int
+    x: Array, dt: Array, A: Array, B: Array, C: Array, documents: Array, chunk: int
 ) -> Chunk:
-    """[batch, length, heads or groups, ...] -> [chunks, batch, chunk, groups, ...]."""
-    batch, length, groups = B.shape[:3]
-
-    def split(v: Array, *shape: int) -> Array:
-        return v.reshape(batch, length // chunk, chunk, *shape).swapaxes(0, 1)
-
-    heads = (groups, x.shape[2] // groups)
-    ends = documents[:, chunk - 1 :: chunk].T
+    """[batch, length, heads or groups, ...] -> [chunks, b, chunk, ...]."""
+    groups = B.shape[2]
+    document = split(jnp.repeat(documents[:, :, None], groups, 2), groups, chunk)[..., 0]
+    begins = document != jnp.concatenate((document[..., :1], document[..., :-1]), -1)
+    dts = split(dt, groups, chunk)
     return Chunk(
-        split(x, *heads, x.shape[3]),
-        split(dt, *heads),
-        split(a, *heads),
-        split(B, *B.shape[2:]),
-        split(C, *C.shape[2:]),
-        split(documents),
-        jnp.pad(ends, ((1, 0), (0, 0)))[:-1],
+        split(x, groups, chunk),
+        dts,
+        sums(split(dt * A, groups, chunk), begins[..., None], axis=2),
+        split(B, groups, chunk)[..., 0, :],
+        split(C, groups, chunk)[..., 0, :],
+        document,
+        jnp.pad(document[:-1, :, -1], ((1, 0), (0, 0))),
     )
 
 
-def unchunked(v: Array, like: Array) -> Array:
-    """[chunks, batch, chunk, ...] -> the shape of `like`."""
-    return v.swapaxes(0, 1).reshape(like.shape)
+def split(v: Array, groups: int, chunk: int) -> Array:
+    """[batch, length, heads, ...] -> [chunks, b, chunk, heads of a group, ...]."""
+    batch, length, heads, *rest = v.shape
+    v = v.reshape(batch, length // chunk, chunk, groups, heads // groups, *rest)
+    v = v.transpose(1, 0, 3, 2, *range(4, v.ndim))
+    return v.reshape(length // chunk, batch * groups, chunk, heads // groups, *rest)
 
 
-def grouped(state: Array, groups: int) -> Array:
-    """[batch, heads, p, n] -> [b, g, n, r, p]."""
+def joined(v: Array, like: Array) -> Array:
+    """[chunks, b, chunk, ...] -> the shape of `like`, [batch, length, heads, ...]."""
+    chunks, b, chunk, *rest = v.shape
+    v = v.reshape(chunks, like.shape[0], b // like.shape[0], chunk, *rest)
+    return v.transpose(1, 0, 3, 2, *range(4, v.ndim)).reshape(like.shape)
+
+
+def by_group(state: Array, groups: int) -> Array:
+    """[batch, heads, p, n] -> [b, n, r, p]."""
     batch, heads, channels, width = state.shape
-    state = state.reshape(batch, groups, heads // groups, channels, width)
-    return state.transpose(0, 1, 4, 2, 3)
+    state = state.reshape(batch * groups, heads // groups, channels, width)
+    return state.transpose(0, 3, 1, 2)
 
 
-def ungrouped(state: Array) -> Array:
-    """[b, g, n, r, p] -> [batch, heads, p, n]."""
-    b, g, n, r, p = state.shape
-    return state.transpose(0, 1, 3, 4, 2).reshape(b, g * r, p, n)
+def by_head(state: Array, x: Array) -> Array:
+    """[b, n, r, p] -> [batch, heads, p, n]."""
+    return state.transpose(0, 2, 3, 1).reshape(x.shape[0], *x.shape[2:], state.shape[1])
 
 
 def _exp(s: Array, where: Array) -> Array:

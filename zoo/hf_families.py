@@ -15,6 +15,8 @@ from bestiary.layers.attention import Attention
 from bestiary.layers.base import Layer
 from bestiary.layers.blockffn import BlockFFN
 from bestiary.layers.feedforward import GLU
+from bestiary.layers.mamba import Mamba
+from bestiary.layers.mamba2 import Mamba2
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.rope import Rope
 from bestiary.zoo.decoder import Decoder
@@ -48,6 +50,8 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     """With `Decoder.mtp`, tensors that repeat another one by name: written, and when they are there
     compared; `{}` is the layer after the last."""
+    depthwise: tuple[str, ...] = ()
+    """Names of convolutions per channel, stored [channels, 1, taps]; ours are [taps, channels]."""
     unread: str | None = None
     """Without it, how the names of tensors begin that are left unread; `{}` is the same."""
     adapters: Callable[[Fields], Mapping[str, Adapter]] | None = None
@@ -152,7 +156,7 @@ def attention_config(attention: Attention) -> dict[str, Any]:
     }
 
 
-def activation_name(ffn: GLU | BlockFFN) -> str:
+def activation_name(ffn: GLU | BlockFFN | Mamba | Mamba2) -> str:
     names = [name for name, function in ACTIVATIONS.items() if function == ffn.activation]
     if not names:
         raise ValueError(f"ffn.activation: {type(ffn.activation).__name__} has no name there")

@@ -9,6 +9,8 @@ from bestiary.layers.base import DTypeName, Precision
 from bestiary.layers.blockffn import BlockFFN
 from bestiary.layers.feedforward import GLU
 from bestiary.layers.linear import Embedding, Linear
+from bestiary.layers.mamba import Mamba
+from bestiary.layers.mamba2 import Mamba2
 from bestiary.layers.mla import MLA
 from bestiary.layers.moe import MoE
 from bestiary.layers.repeat import Repeat
@@ -19,13 +21,14 @@ from bestiary.zoo.hf_deepseek import DEEPSEEK
 from bestiary.zoo.hf_dense import GEMMA2, LLAMA
 from bestiary.zoo.hf_families import Family
 from bestiary.zoo.hf_ling import BAILING
+from bestiary.zoo.hf_mamba import MAMBA, MAMBA2
 from bestiary.zoo.hf_minicpm import MINICPM
 from bestiary.zoo.hf_mixtures import MIXTRAL, OLMOE
 from bestiary.zoo.hf_tensors import stored_params
 
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, GEMMA2, OLMOE, MIXTRAL, DEEPSEEK, BAILING, MINICPM)
+    for family in (LLAMA, GEMMA2, OLMOE, MIXTRAL, DEEPSEEK, BAILING, MINICPM, MAMBA, MAMBA2)
 }
 # fields that say how a model is trained or run, not what it computes
 _UNTOLD = {
@@ -47,6 +50,11 @@ _UNTOLD = {
     (Linear, "gain"),
     (MLA, "cache"),
     (MLA, "out_gain"),
+    (Mamba, "chunk"),
+    (Mamba, "method"),
+    (Mamba, "out_gain"),
+    (Mamba2, "chunk"),
+    (Mamba2, "out_gain"),
     (MoE, "path"),
     (Repeat, "remat"),
     (Repeat, "unroll"),

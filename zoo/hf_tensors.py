@@ -25,6 +25,8 @@ class Tensor:
     """On their leading stacked axes."""
     axis: int
     """Of their outputs, along which they are joined."""
+    depthwise: bool = False
+    """A convolution per channel, in torch [channels, 1, taps]."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -53,6 +55,8 @@ class Tensor:
     def part(self, path: str, stacked: np.ndarray) -> np.ndarray:
         """The tensor's share of the parameter at `path`, in torch's order: a view to assign to."""
         x, param = stacked[(*self.index, ...)], self.parts[path]
+        if self.depthwise:
+            return x.T[:, None]
         if param.inputs is None:
             return x
         return np.moveaxis(x.reshape(*self._inputs, *self._outputs(param)), 0, -1)
@@ -78,7 +82,8 @@ class Tensor:
         return () if param.inputs is None else (math.prod(shape[: param.inputs]),)
 
     def _outputs(self, param: Param) -> tuple[int, ...]:
-        return param.shape[len(self.index) + (param.inputs or 0) :]
+        outputs = param.shape[len(self.index) + (param.inputs or 0) :]
+        return (outputs[1], 1, outputs[0]) if self.depthwise else outputs
 
 
 def family_tensors(family: Family, model: Decoder) -> Iterator[Tensor]:
@@ -88,7 +93,8 @@ def family_tensors(family: Family, model: Decoder) -> Iterator[Tensor]:
         for index in np.ndindex(first.shape[: first.batch_ndim]):
             stacked = first.axes[:1] == ("layers",)
             numbers = (layers[index[0]], *index[1:]) if stacked else (layers[0], *index)
-            yield Tensor(name.format(*numbers), parts, index, int(name in family.by_head))
+            axis, depthwise = int(name in family.by_head), name in family.depthwise
+            yield Tensor(name.format(*numbers), parts, index, axis, depthwise)
 
 
 def copied_names(family: Family, model: Decoder) -> dict[str, str]:

@@ -29,6 +29,7 @@ from bestiary.layers.linear import project
 from bestiary.layers.rope import Rope
 
 NONE = -1e30  # the largest exponent of no keys: finite, so that differences are
+FLOOR = 1e-30  # of sums of weights: a query that no feature joins to any key gets 0
 
 
 @layer
@@ -120,8 +121,9 @@ class Performer(Layer):
             places.documents,
             chunk=self.chunk,
         )
-        weighted, total = y[..., :-1], y[..., -1:]
-        y = weighted / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        weighted, total = y[..., :-1], jnp.maximum(y[..., -1:], FLOOR)
+        scale = jax.lax.stop_gradient(1 / total)  # the gradient of a quotient squares what divides
+        y = scale * weighted / (scale * total)
         return y.astype(v.dtype), {"sums": sums, "peak": peaks[:, -1]}
 
 

@@ -67,6 +67,7 @@ class Param:
     active: float = 1.0
     advance: Callable[[Tree], Array] | None = None
     table: bool = False
+    decay: bool = True
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

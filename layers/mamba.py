@@ -77,7 +77,7 @@ class Mamba(Layer):
             "C": weight(states, from_hidden),
             "dt": weight((self.dt_rank, self.inner), (None, "mlp")),
             "dt_bias": Param((self.inner,), ("mlp",), inverse_softplus_of_log_uniform),
-            "A_log": Param(states, ("mlp", None), _log_of_1_to_n),
+            "A_log": Param(states, ("mlp", None), _log_of_1_to_n, decay=False),
             "D": Param((self.inner,), ("mlp",), ones),
             "out": weight((self.inner, self.dim), ("mlp", "embed"), gain=self.out_gain),
         }

@@ -30,6 +30,7 @@ from bestiary.train.run import train
 from bestiary.train.step import State, init_state, make_step
 from bestiary.zoo.decoder import Decoder
 from bestiary.zoo.llama import llama, multi_head, swiglu
+from bestiary.zoo.mamba import mamba_tiny
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,16 @@ def test_weight_decay_spares_gains(name: Any) -> None:
         spared = is_gain or (name == "muon" and path == "embedding/table")
         expected = 0.0 if spared else 0.5 * float(jnp.abs(value).max())
         assert moved == pytest.approx(expected, rel=1e-5), path
+
+
+def test_weight_decay_spares_what_is_declared_without() -> None:
+    declared = mamba_tiny().declare()
+    params = mamba_tiny().init(jax.random.key(0))
+    tx = Optimizer(weight_decay=0.5, clip=0.0).build(declared)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    moved = dict(flatten(tx.update(zero, tx.init(params), params)[0]))
+    names = {path.rsplit("/")[-1] for path, update in moved.items() if not np.any(update)}
+    assert names >= {"A_log", "D"} and not names & {"out", "table", "x"}
 
 
 def test_muon_sees_the_matrices_of_stacked_heads() -> None:

@@ -73,7 +73,7 @@ class Optimizer:
 
     def build(self, declared: Tree) -> optax.GradientTransformation:
         """The transformation at learning rate 1; the step multiplies its updates by the rate."""
-        decay = map_params(lambda p: len(p.shape) - p.batch_ndim >= 2, declared)
+        decay = map_params(lambda p: p.decay and len(p.shape) - p.batch_ndim >= 2, declared)
         wd = self.weight_decay
         if self.name == "adamw":
             tx = optax.adamw(1.0, self.b1, self.b2, self.eps, weight_decay=wd, mask=decay)

@@ -22,7 +22,7 @@ def rows(path: str, length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
     return corpus.tokens.reshape(-1, length), corpus.scored.reshape(-1, length)
 
 
-@pytest.mark.parametrize("pairs, distance, length", [(5, 40, 83), (1, 2, 7), (64, 9, 263)])
+@pytest.mark.parametrize("pairs, distance, length", [(5, 40, 83), (1, 2, 7), (32, 9, 139)])
 def test_queries_are_as_far_behind_their_pairs_as_is_said(
     pairs: int, distance: int, length: int
 ) -> None:
@@ -40,6 +40,7 @@ def test_queries_are_as_far_behind_their_pairs_as_is_said(
         for at in asked:
             assert answers[at + 1] and row[at + 1] == row[where[row[at]] + 1]
             assert at - where[row[at]] >= distance
+            assert row[at] in SYMBOLS[:32] and row[at + 1] in SYMBOLS[32:]
             nearest = min(nearest, at - where[row[at]])
         assert asked[-1] == length - 2
         starts.add(given[0])
@@ -120,6 +121,7 @@ def test_what_is_a_task() -> None:
         ("copy:symbols=3,", "''; need NAME=NUMBER"),
         ("recall:facts=9,distance=9", "distance=9; need pairs, and 2 or more"),
         ("recall:pairs=9,distance=1", "distance=1; need pairs, and 2 or more"),
+        ("recall:pairs=33,distance=9", "need at most 32 pairs at a distance"),
         ("recall:pairs=9,distance=50", "a row of 83 tokens is too short; need data.length 84"),
     ],
 )

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bestiary.eval.compare_members import MEMBERS, Match, sized
-from bestiary.eval.compare_report import show
+from bestiary.eval import compare_lengths, compare_report
+from bestiary.eval.compare_members import NAMES, Match, sized
 from bestiary.eval.compare_runs import SETTINGS, VALIDATION, Comparison, keep
 from bestiary.eval.compare_statistics import Found
 from bestiary.eval.routing import Routing, skewed
@@ -30,16 +30,14 @@ _RECALL = "recall:facts=8192"
 class Compare:
     """Train several architectures of one budget on the same tokens and compare them.
 
-    Members differ in their feed-forwards, whose width is solved for. The table, the figures and the
-    curves are written to OUT. A comparison that was stopped goes on by the same command; members
-    and seeds may be added to one. Exit status 1 when a run failed.
+    Members differ in their feed-forwards or token mixers; the width of feed-forwards is solved for.
+    The table, the figures and the curves are written to OUT. A comparison that was stopped goes on
+    by the same command; members and seeds may be added to one. Exit status 1 when a run failed.
     """
 
     members: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(
-            metavar="MEMBER,...", help=f"dense, and any of {', '.join(list(MEMBERS)[1:])}."
-        ),
+        tyro.conf.arg(metavar="MEMBER,...", help=f"dense, and any of {', '.join(NAMES[1:])}."),
     ]
     match: Match = "active_params"
     """What all have as much of as the dense member."""
@@ -53,10 +51,19 @@ class Compare:
     task: Literal["text", "recall"] = "text"
     """recall: 8192 facts that must be memorised (other sizes: --data.path recall:facts=N)."""
     data: Data = Data(length=128, batch_size=8)
+    lengths: str | None = None
+    """LENGTH,...: the whole at each of these lengths of rows, of which a step then has as many as
+    make data.length x data.batch_size tokens."""
+    span: int = 32
+    """For token mixers: how many near keys a window is; blocks are half as long, and those that
+    choose keys choose twice as many."""
     dim: int = 128
     """Width of all members, a multiple of 32."""
     num_layers: int = 4
     """Blocks of all members."""
+    initial: str | None = None
+    """The folder of another comparison at one length, with the parameters of whose runs those of
+    the same member and seed begin: a curriculum."""
     routing: Routing = "balanced"
     """How members with routers are trained: as they route by themselves, or with a fixed bias on
     the choice of experts, by Zipf's law or towards the same few for all tokens."""
@@ -92,6 +99,18 @@ class Compare:
                 f"task: recall with data.path {self.data.path!r}; need recall:facts=N or none"
             )
 
+        if self.lengths is not None:
+            _ = self.parsed_lengths
+
+    @property
+    def parsed_lengths(self) -> list[int]:
+        """Of `lengths`, rising. Raises ValueError for other than two or more different numbers."""
+        parts = [part.strip() for part in (self.lengths or "").split(",")]
+        numbers = sorted({int(part) for part in parts if part.isdecimal()})
+        if len(numbers) < max(len(parts), 2) or numbers[0] < 1:
+            raise ValueError(f"lengths: {self.lengths!r}; need two or more, as in 256,512,1024")
+        return numbers
+
     @property
     def names(self) -> list[str]:
         return [name.strip() for name in self.members.split(",")]
@@ -109,15 +128,76 @@ def run(options: Compare) -> int:
         tpu.quiet_libtpu()
         tpu.parse(options.topology)
     start()
-    data, out = options.data, Path(options.out)
+    out = Path(options.out)
+    comparisons = [_comparison(options, data, folder) for data, folder in _rows(options, out)]
+    if len(comparisons) > 1 and (out / SETTINGS).is_file():
+        raise ValueError(f"out: {options.out!r} holds a comparison at one length; need another out")
+    for comparison in comparisons:
+        comparison.settings = _claim(comparison.out, options, comparison.data)
+    try:
+        with locked(out):
+            _train(options, comparisons)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except FloatingPointError as error:
+        print(f"bestiary compare: error: dense, to measure its speed: {error}", file=sys.stderr)
+        return 1
+    if len(comparisons) == 1:
+        name, tables = "comparison", compare_report.tables(comparisons[0].found())
+    else:
+        name = "lengths"
+        tables = compare_lengths.tables([comparison.found() for comparison in comparisons])
+    compare_report.show(tables)
+    print(f"report: {out / name}.md\nfigure: {out / name}.png")
+    return 1 if any(f for comparison in comparisons for f in comparison.failed.values()) else 0
+
+
+def _train(options: Compare, comparisons: list[Comparison]) -> None:
+    steps, minutes = options.steps, options.minutes
+    for number, comparison in enumerate(comparisons, 1):
+        if len(comparisons) > 1:
+            print(f"length {comparison.data.length}", flush=True)
+        if options.topology is not None:
+            comparison.model_times(options.topology)
+        comparison.fix_steps(steps, minutes)
+        steps, minutes = comparison.settings["steps"], None  # as many at all lengths
+        comparison.go()
+        if len(comparisons) > 1:
+            found = [other.found() for other in comparisons[:number]]
+            compare_lengths.write(Path(options.out), command(options), found)
+
+
+def _rows(options: Compare, out: Path) -> list[tuple[Data, Path]]:
+    """The data of every length, and the folder of its comparison."""
+    data = options.data
     if options.task == "recall" and data.path is None:
         data = replace(data, path=_RECALL)
+    if options.lengths is None:
+        return [(data, out)]
+    tokens, found = data.length * data.batch_size, []
+    for length in options.parsed_lengths:
+        if tokens % length:
+            raise ValueError(
+                f"lengths: {length} does not divide the {tokens} tokens of a step, data.length "
+                f"{data.length} x data.batch_size {data.batch_size}"
+            )
+        rows = replace(data, length=length, batch_size=tokens // length)
+        found.append((rows, out / f"length-{length}"))
+    return found
+
+
+def _comparison(options: Compare, data: Data, out: Path) -> Comparison:
     members = sized(
         options.names,
         dim=options.dim,
         num_layers=options.num_layers,
         length=data.length,
         match=options.match,
+        span=options.span,
     )
     experiments = {
         member.name: replace(
@@ -138,12 +218,12 @@ def run(options: Compare) -> int:
     for experiment in experiments.values():
         check(experiment, experiment.mesh.build())
     load(data)  # refuses now what no run could read
-    comparison = Comparison(
+    return Comparison(
         out=out,
         members=members,
         experiments=experiments,
         seeds=options.seeds,
-        settings=_claim(out, options, data),
+        initial=None if options.initial is None else Path(options.initial),
         heading={
             "command": command(options),
             "match": options.match,
@@ -151,24 +231,6 @@ def run(options: Compare) -> int:
             "topology": options.topology,
         },
     )
-    try:
-        with locked(out):
-            if options.topology is not None:
-                comparison.model_times(options.topology)
-            comparison.fix_steps(options.steps, options.minutes)
-            comparison.go()
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except FloatingPointError as error:
-        print(f"bestiary compare: error: dense, to measure its speed: {error}", file=sys.stderr)
-        return 1
-    show(comparison.found())
-    print(f"report: {out / 'comparison.md'}\nfigure: {out / 'comparison.png'}")
-    return 1 if any(comparison.failed.values()) else 0
 
 
 def command(options: Compare) -> str:
@@ -192,6 +254,8 @@ def _claim(out: Path, options: Compare, data: Data) -> Found:
         "dim": options.dim,
         "num_layers": options.num_layers,
         "routing": options.routing,
+        "span": options.span,
+        "initial": options.initial,
         "data": to_json(data),
     }
     file = out / SETTINGS

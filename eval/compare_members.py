@@ -1,11 +1,13 @@
-"""The members of a comparison: byte-level decoders that differ in their feed-forwards, each with
-one width that is solved for to meet the dense member's budget."""
+"""The members of a comparison: byte-level decoders that differ in their feed-forwards or in their
+token mixers, each with one width of feed-forward that is solved for to meet the dense member's
+budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from bestiary.eval.accounting import account
+from bestiary.eval.compare_mixers import MIXERS, mixing
 from bestiary.layers.activations import PolyNorm
 from bestiary.layers.base import Layer
 from bestiary.layers.feedforward import MLP, Parallel
@@ -114,6 +116,8 @@ MEMBERS: dict[str, Build] = {
 """What a name of the command line builds. The width is that of the feed-forward or of an expert, in
 BlockFFN the number of experts of 16 units, in MoHD that of the 16 parts."""
 
+NAMES = (*MEMBERS, *(name for name in MIXERS if name != "full"))  # dense has full attention
+
 # a table of fixed size leaves no room in a total of parameters: here it grows instead, beside half
 # of the dense feed-forward
 _TABLES: dict[str, Build] = {
@@ -124,13 +128,19 @@ _TABLES: dict[str, Build] = {
 }
 
 
+def _build(name: str, match: Match, span: int) -> Build:
+    if name in MIXERS:
+        return lambda d, n, w: mixing(name, d, n, swiglu(d, w), span)
+    return _TABLES.get(name, MEMBERS[name]) if match == "total_params" else MEMBERS[name]
+
+
 def _hidden(dim: int) -> int:
     """Of the dense member: that of `byte_llama`."""
     return round(dim * 8 / 3 / 64) * 64
 
 
 def sized(
-    names: list[str], *, dim: int, num_layers: int, length: int, match: Match
+    names: list[str], *, dim: int, num_layers: int, length: int, match: Match, span: int
 ) -> list[Member]:
     """The members called `names`, dense first, each as near to the dense one's budget as its width
     allows.
@@ -140,13 +150,14 @@ def sized(
       length: tokens in a row, on which FLOPs depend.
       match: "active_params" and "total_params" count parameters (`Decoder.count`), "train_flops"
         those of a training step per token (`account`).
+      span: keys that mixers see or choose, as `compare_mixers` says.
 
     Raises:
       ValueError: unknown or repeated names, no dense member, sizes out of range, a member that
         exceeds the budget at its smallest.
     """
-    if unknown := [name for name in names if name not in MEMBERS]:
-        raise ValueError(f"members: unknown {unknown[0]!r}; known: {', '.join(MEMBERS)}")
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"members: unknown {unknown[0]!r}; known: {', '.join(NAMES)}")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"members: {twice[0]!r} is there twice; need each once")
     if "dense" not in names:
@@ -171,7 +182,7 @@ def sized(
     ]
     for name in names:
         if name != "dense":
-            build = _TABLES.get(name, MEMBERS[name]) if match == "total_params" else MEMBERS[name]
+            build = _build(name, match, span)
 
             def of(width: int, build: Build = build) -> float:
                 return measure(build(dim, num_layers, width))

@@ -22,16 +22,17 @@ def tables(comparison: Found) -> list[Table]:
     quality = Table(
         f"Quality at equal {comparison['match']}, after {comparison['steps']} steps of "
         f"{comparison['tokens_per_step']} tokens",
-        ("member", "width", "off", "loss", "- dense", "accuracy", "- dense", "seeds"),
+        ("member", "width", "off", "loss", "- dense", "accuracy", "- dense", "rows", "seeds"),
         [
             [
                 member["name"],
                 str(member["width"]),
                 f"{member['off']:+.2%}",
-                _spread(member.get("validation_loss"), ".4f"),
+                averaged(member.get("validation_loss"), ".4f"),
                 _paired(member.get("loss_difference"), "+.4f"),
-                _spread(member.get("accuracy"), ".2%"),
+                averaged(member.get("accuracy"), ".2%"),
                 _paired(member.get("accuracy_difference"), "+.2f", 100),
+                averaged(member.get("exact_rows"), ".1%"),
                 str(len(member.get("validation_loss", {}).get("values", []))),
             ]
             for member in members
@@ -41,7 +42,8 @@ def tables(comparison: Found) -> list[Table]:
     cost = Table(
         "Cost",
         (
-            *("member", "active", "total", "FLOPs", "bytes", "non-zero", "tokens/s", "seconds"),
+            *("member", "active", "total", "FLOPs", "bytes", "non-zero"),
+            *("tokens/s", "seconds", "MiB"),
             *((f"ms on {topology}",) if topology else ()),
         ),
         [
@@ -51,9 +53,10 @@ def tables(comparison: Found) -> list[Table]:
                 _short(member["total_params"]),
                 _short(member["train_flops_per_token"]),
                 _short(member["decode_bytes_per_token"]),
-                _spread(member.get("nonzero"), ".1%"),
-                _spread(member.get("tokens_per_second"), ",.0f"),
-                _spread(member.get("seconds"), ",.1f"),
+                averaged(member.get("nonzero"), ".1%"),
+                averaged(member.get("tokens_per_second"), ",.0f"),
+                averaged(member.get("seconds"), ",.1f"),
+                mebibytes(member),
                 *((_modelled(member),) if topology else ()),
             ]
             for member in members
@@ -93,7 +96,7 @@ def _short(count: float) -> str:
     return f"{count:,.1f}G"
 
 
-def _spread(found: Found | None, style: str) -> str:
+def averaged(found: Found | None, style: str) -> str:
     if found is None:
         return "-"
     spread = "" if found["std"] is None else f" ± {found['std']:{style}}"
@@ -108,6 +111,11 @@ def _paired(found: Found | None, style: str, scale: float = 1) -> str:
     return f"{scale * found['mean']:{style}}{interval}"
 
 
+def mebibytes(member: Found) -> str:
+    size = member["step_bytes"]
+    return "-" if size is None else f"{size / 2**20:,.1f}"
+
+
 def _modelled(member: Found) -> str:
     seconds = member["modelled_step_seconds"]
     return "-" if isinstance(seconds, str) else f"{1e3 * seconds:.3f}"
@@ -116,14 +124,16 @@ def _modelled(member: Found) -> str:
 NOTES = """\
 Quality: held-out loss in nats and accuracy, mean ± sample standard deviation over seeds. "- dense":
 mean ± half of the 95 % confidence interval of the paired difference, seed by seed (Student's t), of
-accuracy in points; the members of one seed see the same rows in the same order. "off": how far a
-member is from the dense one's budget.
+accuracy in points; the members of one seed see the same rows in the same order. "rows": share of
+the rows that are predicted right throughout. "off": how far a member is from the dense one's
+budget.
 
 Cost: active parameters (with the declared sparsity) and all; FLOPs of training per token; bytes per
 decoded token; non-zero activations, measured on the held-out rows in the feed-forwards that report
-them (experts and memories do not); tokens/s of training here; seconds of a run here, compilation
-and evaluation included; where a TPU is named, modelled milliseconds of a training step, in
-bfloat16.
+them (experts and memories do not); tokens/s of training here, the median of the log; seconds of a
+run here, compilation and evaluation included; MiB that the compiled training step takes on a
+device, arguments and temporaries; where a TPU is named, modelled milliseconds of a training step,
+in bfloat16.
 
 Routing: share of the choices that were dropped, largest over mean load, in the mean over layers and
 in the worst one, and entropy of the load as a share of that of equal loads; of training batches.
@@ -133,21 +143,25 @@ in the worst one, and entropy of the load as a share of that of equal loads; of 
 def write(out: Path, comparison: Found) -> None:
     """Writes comparison.json, comparison.md and comparison.png into `out`, each of which appears
     whole."""
-    _replace(out / "comparison.json", json.dumps(comparison, indent=2) + "\n")
-    parts = [f"# Comparison\n\n    {comparison['command']}\n"]
-    for table in tables(comparison):
+    put(out / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+    put(out / "comparison.md", markdown(comparison["command"], tables(comparison), NOTES))
+    draw(out, comparison)
+
+
+def markdown(command: str, found: list[Table], notes: str) -> str:
+    parts = [f"# Comparison\n\n    {command}\n"]
+    for table in found:
         lines = [list(table.columns), ["---"] * len(table.columns), *table.rows]
         text = "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
         parts.append(f"## {table.title}\n\n{text}\n")
-    _replace(out / "comparison.md", "\n".join([*parts, NOTES]))
-    draw(out, comparison)
+    return "\n".join([*parts, notes])
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _replace(path: Path, text: str) -> None:
+def put(path: Path, text: str) -> None:
     beside = path.with_suffix(".tmp")
     beside.write_text(text)
     beside.replace(path)
@@ -195,13 +209,13 @@ def _curves(runs: list[Path]) -> tuple[list[int], np.ndarray]:
     return [line["step"] for line in logged[0]], (total[:, window:] - total[:, :-window]) / count
 
 
-def show(comparison: Found) -> None:
-    """Prints the tables."""
+def show(found: list[Table]) -> None:
+    """Prints tables."""
     from rich.console import Console
     from rich.table import Table as Grid
 
     console = Console()
-    for table in tables(comparison):
+    for table in found:
         grid = Grid(*table.columns, title=table.title)
         for row in table.rows:
             grid.add_row(*row)

@@ -6,17 +6,22 @@ same command then continues.
 """
 
 import json
+import statistics
 import sys
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from bestiary.eval.accounting import account
 from bestiary.eval.compare_members import Member
 from bestiary.eval.compare_report import write
 from bestiary.eval.compare_statistics import Found, routing_of, summary
 from bestiary.eval.evaluate import count_bytes, evaluate
+from bestiary.train import step
 from bestiary.train.checkpoint import load_run
 from bestiary.train.data import Data, load, validation_batches
 from bestiary.train.experiment import Experiment
@@ -39,10 +44,13 @@ class Comparison:
     experiments: dict[str, Experiment]
     """How each member is trained, but for steps and seed."""
     seeds: int
-    settings: Found
-    """What SETTINGS keeps: with the number of "steps" and "modelled" times, once they are known."""
+    initial: Path | None = None
+    """Whose runs, of the same member and seed, these continue."""
     heading: Found
     """What the report says of the whole: "command", "match", "routing", "topology" (or None)."""
+    settings: Found = field(default_factory=dict)
+    """What SETTINGS keeps: with the number of "steps", "memory" and "modelled" times, once they are
+    known."""
     results: dict[str, dict[int, Found]] = field(init=False)
     """By member and seed."""
     failed: dict[str, dict[str, str]] = field(init=False)
@@ -100,7 +108,7 @@ class Comparison:
         """Makes the runs that are missing, all members of a seed before the next one."""
         runs = [(seed, m.name) for seed in range(self.seeds) for m in self.members]
         for number, (seed, name) in enumerate(runs, 1):
-            finished = self._run_dir(name, seed) / RESULT
+            finished = _run_dir(self.out, name, seed) / RESULT
             if finished.is_file():
                 self.results[name][seed] = json.loads(finished.read_text())
                 continue
@@ -117,14 +125,19 @@ class Comparison:
 
     def _made(self, name: str, seed: int) -> Found:
         """What a run shows that is made, or continued, now."""
-        run_dir, steps = self._run_dir(name, seed), self.settings["steps"]
+        run_dir, steps = _run_dir(self.out, name, seed), self.settings["steps"]
         experiment = replace(
             self.experiments[name],
             steps=steps,
             log_every=max(1, steps // 200),
             seed=seed,
             run_dir=str(run_dir),
+            initial=None if self.initial is None else str(_run_dir(self.initial, name, seed)),
         )
+        memory = self.settings.setdefault("memory", {})
+        if name not in memory:
+            memory[name] = step_memory(experiment)
+            keep(self.out, self.settings)
         train(experiment, name)
         found = measure(run_dir)
         _write_json(run_dir / RESULT, found)
@@ -134,6 +147,7 @@ class Comparison:
         """What is known so far, fit for JSON."""
         return self.heading | {
             "steps": self.settings["steps"],
+            "length": self.data.length,
             "tokens_per_step": self.data.batch_size * self.data.length,
             "members": [self._row(member) for member in self.members],
         }
@@ -151,15 +165,16 @@ class Comparison:
             "train_flops_per_token": figures.training_flops_total,
             "forward_flops_active_per_token": figures.forward_flops_active,
             "decode_bytes_per_token": figures.decode_bytes_active,
-            "runs": [str(self._run_dir(name, s).relative_to(self.out)) for s in self.results[name]],
+            "cache_bytes": figures.cache_bytes,
+            "step_bytes": self.settings.get("memory", {}).get(name),
+            "runs": [
+                str(_run_dir(self.out, name, s).relative_to(self.out)) for s in self.results[name]
+            ],
             "failed": self.failed[name],
         }
         if (topology := self.heading["topology"]) is not None:
             facts["modelled_step_seconds"] = self.settings["modelled"][topology][name]
         return summary(facts, self.results[name], self.results["dense"])
-
-    def _run_dir(self, name: str, seed: int) -> Path:
-        return self.out / name / f"seed-{seed}"
 
 
 def measure(run_dir: Path) -> Found:
@@ -170,20 +185,37 @@ def measure(run_dir: Path) -> Found:
     bytes_of = count_bytes(tokenizer, experiment.model.vocab_size)
     found = evaluate(experiment.model, params, batches, bytes_of)
     shares = [share for layers in found.nonzero.values() for share in layers]
-    last = read_metrics(run_dir)[-1]
+    logged = read_metrics(run_dir)
+    speed = statistics.median(line["tokens_per_second"] for line in logged)
     return {
         "validation_loss": found.nats_per_token,
         "accuracy": found.accuracy,
+        "exact_rows": found.exact_rows,
         "nonzero": sum(shares) / len(shares) if shares else None,
-        "tokens_per_second": last["tokens_per_second"],
-        "seconds": last["seconds"],
+        "tokens_per_second": speed,
+        "step_seconds": experiment.data.batch_size * experiment.data.length / speed,
+        "seconds": logged[-1]["seconds"],
         "routing": routing_of(run_dir),
     }
+
+
+def step_memory(experiment: Experiment) -> int:
+    """Bytes on a device of a training step: its arguments and what it computes in between."""
+    mesh = experiment.mesh.build()
+    state, batch = step.abstract_state(experiment, mesh), step.abstract_batch(experiment, mesh)
+    total = jax.ShapeDtypeStruct((), jnp.int32, sharding=state["step"].sharding)
+    program: Any = step.make_step(experiment, mesh)
+    sizes = program.lower(state, batch, total).compile().memory_analysis()
+    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
 
 
 def keep(out: Path, settings: Found) -> None:
     """Writes SETTINGS."""
     _write_json(out / SETTINGS, settings)
+
+
+def _run_dir(out: Path, name: str, seed: int) -> Path:
+    return out / name / f"seed-{seed}"
 
 
 def _line(error: Exception) -> str:

@@ -80,7 +80,10 @@ def summary(facts: Found, runs: dict[int, Found], baseline: dict[int, Found]) ->
     def difference(name: str) -> Found | None:
         return paired(over(name), {seed: run[name] for seed, run in baseline.items()})
 
-    names = ("validation_loss", "accuracy", "nonzero", "tokens_per_second", "seconds")
+    names = (
+        *("validation_loss", "accuracy", "exact_rows", "nonzero"),
+        *("tokens_per_second", "step_seconds", "seconds"),
+    )
     found = {name: spread(list(over(name).values())) for name in names if over(name)}
     if runs is not baseline:
         found |= {

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from bestiary.__main__ import main
 from bestiary.eval import compare_runs
 from bestiary.eval.accounting import account
-from bestiary.eval.compare_members import _TABLES, MEMBERS, sized
+from bestiary.eval.compare_members import _TABLES, MEMBERS, NAMES, sized
+from bestiary.eval.compare_mixers import MIXERS, Size, mixing
 from bestiary.eval.compare_report import tables
 from bestiary.eval.compare_statistics import paired, spread, t975
 from bestiary.eval.routing import skewed
@@ -24,7 +26,8 @@ from bestiary.train.experiment import read_experiment
 from bestiary.train.log import read_metrics
 from bestiary.train.run import Interrupted
 from bestiary.train.tree_json import difference
-from bestiary.zoo.decoder import Decoder
+from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.llama import swiglu
 from bestiary.zoo.mixtures import olmoe_tiny, switch_ffn
 
 MATCHES: tuple[Any, ...] = ("active_params", "total_params", "train_flops")
@@ -39,10 +42,15 @@ def measure(model: Decoder, match: str) -> float:
     return 3 * account(model, 100).forward_flops_total
 
 
+def mixer_member(name: str, dim: int, num_layers: int, width: int) -> Decoder:
+    return mixing(name, dim, num_layers, swiglu(dim, width), 16)
+
+
 @pytest.mark.parametrize("match", MATCHES)
 def test_every_member_is_as_near_to_the_budget_as_it_can_be(match: Any) -> None:
-    members = sized(list(MEMBERS), dim=128, num_layers=4, length=100, match=match)
-    assert [member.name for member in members] == list(MEMBERS)
+    members = sized(list(NAMES), dim=128, num_layers=4, length=100, match=match, span=16)
+    assert [member.name for member in members] == list(NAMES)
+    assert set(NAMES) == {*MEMBERS, *MIXERS} - {"full"}
     dense = measure(members[0].model, match)
     assert measure(members[0].model, "total_params") == 787584  # llama_tiny
     for member in members:
@@ -50,12 +58,32 @@ def test_every_member_is_as_near_to_the_budget_as_it_can_be(match: Any) -> None:
         assert member.achieved == achieved and member.budget == dense, member.name
         assert abs(member.off) < 0.02, member.name
         assert member.off == pytest.approx(achieved / dense - 1)
-        build = MEMBERS[member.name]
+        build = MEMBERS.get(member.name, partial(mixer_member, member.name))
         if match == "total_params":
             build = _TABLES.get(member.name, build)
         for width in (member.width - 1, member.width + 1):
             other = measure(build(128, 4, width), match)
             assert abs(other - dense) >= abs(achieved - dense), member.name
+
+
+def test_full_attention_is_that_of_the_dense_member() -> None:
+    assert mixing("full", 64, 3, swiglu(64, 40), 16) == MEMBERS["dense"](64, 3, 40)
+
+
+def test_every_fourth_layer_of_the_hybrid_is_attention() -> None:
+    model = mixing("hybrid", 64, 10, swiglu(64, 40), 16)
+    expected = ["Attention" if i in (1, 5, 9) else "Mamba2" for i in range(10)]
+    blocks = [block for stack in model.stacks for block in [stack.block] * stack.n]
+    assert [type(b.mixer).__name__ for b in blocks if isinstance(b, Block)] == expected
+
+
+def test_which_mixers_cost_the_same_per_token_at_any_length() -> None:
+    constant = {*("window", "streaming", "longformer", "bigbird", "mamba", "mamba2")}
+    constant |= {*("performer", "gla", "gated_delta")}
+    for name, build in MIXERS.items():
+        mixer = build(Size(dim=64, span=32), 1)
+        growth = mixer.cost(16384).active_flops / mixer.cost(4096).active_flops
+        assert (growth < 1.01) == (name in constant), name
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 9, 10, 11, 30, 1000])
@@ -157,8 +185,12 @@ def test_report(finished: Path) -> None:
     assert dense["active_params"] == dense["budget"] == 18528
     assert switch["total_params"] > 3 * dense["total_params"]
     for member in (dense, switch):
-        for name in ("validation_loss", "accuracy", "tokens_per_second", "seconds"):
+        for name in ("validation_loss", "accuracy", "exact_rows", "tokens_per_second", "seconds"):
             assert len(member[name]["values"]) == 2
+        assert (
+            member["step_bytes"] > 12 * member["total_params"]
+        )  # a step holds parameters, moments
+        assert member["cache_bytes"] > 16 * 2 * 32 * 4  # keys and values, and where they are
         # what the run itself measured after its last step
         logged = [read_metrics(finished / path)[-1]["validation_loss"] for path in member["runs"]]
         np.testing.assert_allclose(member["validation_loss"]["values"], logged, rtol=1e-5)
@@ -238,12 +270,51 @@ def test_stopped_goes_on_and_a_failing_member_is_reported(
     assert "holds another comparison, with given_steps 2" in capsys.readouterr().err
 
 
+def test_lengths(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixer and the dense member, at two lengths of equal tokens; one of the runs fails."""
+    real = compare_runs.train
+
+    def train(experiment: Any, name: str) -> Path:
+        if name == "window" and experiment.data.length == 32:
+            raise FloatingPointError("not finite")
+        return real(experiment, name)
+
+    monkeypatch.setattr(compare_runs, "train", train)
+    monkeypatch.setattr(run, "_sample", lambda *a: None)
+    out = tmp_path / "out"
+    more = ["--steps", "2", "--seeds", "1", "--lengths", "32,16"]
+    more += ["--data.batch-size", "16"]  # 8 devices take 8 rows or more
+    assert main(words("dense,window", text, out, *more)) == 1
+    found = json.loads((out / "lengths.json").read_text())
+    assert "--lengths 32,16" in found["command"]
+    short, long = found["comparisons"]
+    for length, comparison in ((16, short), (32, long)):
+        assert comparison["length"] == length and comparison["tokens_per_step"] == 256
+        experiment = read_experiment(out / f"length-{length}/dense/seed-0/experiment.json")
+        assert (experiment.data.length, experiment.data.batch_size) == (length, 256 // length)
+        dense, window = comparison["members"]
+        assert dense["cache_bytes"] > length * 2 * 32 * 4 > window["cache_bytes"] > 8 * 2 * 32 * 4
+    assert long["members"][1]["failed"] == {"0": "FloatingPointError: not finite"}
+    document = (out / "lengths.md").read_text()
+    loss = short["members"][1]["validation_loss"]["mean"]
+    assert f"| window | {loss:.4f} | - |" in document and "| member | 16 | 32 |" in document
+    assert (out / "lengths.png").stat().st_size > 10_000
+    monkeypatch.setattr(compare_runs, "train", lambda *a: pytest.fail("trained again"))
+    assert main(words("dense", text, out, *more)) == 0
+    assert main(words("dense", text, out, "--steps", "2")) == 2
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
         (["dense,nothing"], "members: unknown 'nothing'; known: dense, polycom"),
         (["dense,moe,moe"], "members: 'moe' is there twice; need each once"),
         (["moe"], "members: no 'dense'"),
+        (["dense,nsa", "--span", "7"], "span: 7; need an even number"),
+        (["dense", "--lengths", "16"], "lengths: '16'; need two or more"),
+        (["dense", "--lengths", "16,16"], "lengths: '16,16'; need two or more"),
+        (["dense", "--lengths", "16,x"], "lengths: '16,x'; need two or more"),
+        (["dense", "--lengths", "16,24"], "lengths: 24 does not divide the 128 tokens of a step"),
         (["dense", "--minutes", "1"], "need exactly one of the two"),
         (["dense", "--steps", "0"], "steps: 0; need at least 1"),
         (["dense", "--seeds", "0"], "seeds: 0; need at least 1"),

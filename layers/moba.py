@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from bestiary.kernels.attention.masks import CAUSAL
 from bestiary.kernels.block_attention import (
     Blocks,
     Places,
@@ -37,7 +38,7 @@ class MoBA(Attention):
     The parameters are those of `Attention`, so that a model changes between the two at any time. In
     a `Repeat` the constant "full_attention" does so by layer: where it is not 0, all keys are seen.
 
-    Raises ValueError for sizes below 1 and for a window.
+    Raises ValueError for sizes below 1, `window`, a `mask`, and a cache that drops keys.
     """
 
     block_size: int
@@ -48,6 +49,8 @@ class MoBA(Attention):
         positive(block_size=self.block_size, top_k=self.top_k)
         if self.window is not None:
             raise ValueError(f"window: {self.window}; MoBA takes none")
+        if self.mask != CAUSAL:
+            raise ValueError(f"mask: {self.mask}; MoBA needs Causal()")
         need_complete(self.cache, "MoBA")
 
     def cost(self, length: int) -> Cost:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bestiary.kernels.attention import attention
+from bestiary.kernels.attention import attention, live_keys
 from bestiary.kernels.attention import weights as attention_weights
+from bestiary.kernels.attention.masks import CAUSAL, Window
 from bestiary.kernels.block_attention import (
     Blocks,
     Places,
@@ -142,7 +143,7 @@ class NSA(Attention):
     for every branch; the defaults are fla's.
 
     Raises ValueError for sizes below 1, too few `num_selected`, strides that do not divide,
-    `window` and `sinks`.
+    `window`, `sinks`, a `mask`, and a cache that drops keys.
     """
 
     block_size: int
@@ -176,6 +177,8 @@ class NSA(Attention):
             raise ValueError(f"compression.head_dim: {head_dim}; need head_dim {self.head_dim}")
         if self.window is not None:
             raise ValueError(f"window: {self.window}; NSA takes local_window")
+        if self.mask != CAUSAL:
+            raise ValueError(f"mask: {self.mask}; NSA needs Causal()")
         if self.sinks:
             raise ValueError("sinks: True; NSA takes none")
         need_complete(self.cache, "NSA")
@@ -198,20 +201,19 @@ class NSA(Attention):
     def cost(self, length: int) -> Cost:
         """Adds q k and the weighted sum of v of the branches, the compression and the importance:
         executed over the keys that they are multiplied with, active over those attended to."""
-        others, per_key = (
-            (self.block_size, self.num_selected - 1),
-            4 * self.num_heads * self.head_dim,
-        )
+        per_key = 4 * self.num_heads * self.head_dim
+        others = self.block_size, self.num_selected - 1
         span, stride = self.compression.span(self.block_size)
         compressed = max(length // stride, 1)
         complete = sum(max((t - span) // stride + 1, 0) for t in range(1, length + 1)) / length
         blocks = max(length // self.block_size, 1) if others[1] else 0
         fixed = 2 * self.num_kv_heads * compressed * self.compression.flops() / length
         fixed += 2 * self.num_kv_heads * compressed * blocks
-        near = self.local_window > 0
-        executed = compressed + multiplied_keys(length, *others) + near * length
+        executed = compressed + multiplied_keys(length, *others)
         active = complete + attended_keys(length, *others)
-        active += near * self.mean_keys(length, self.local_window)
+        if self.local_window:
+            executed += live_keys(CAUSAL & Window(self.local_window), length)
+            active += self.mean_keys(length, self.local_window)
         matrices = Layer.cost(self, length)
         return matrices + Cost(per_key * executed + fixed, per_key * active + fixed)
 

@@ -107,6 +107,11 @@ def attention(
     return run(*operands)
 
 
+def live_keys(mask: Mask, length: int) -> float:
+    """Keys that a query of a whole row is multiplied with where no kernel serves."""
+    return length if length <= SHORT else blocked.live_keys(mask, length)
+
+
 def _usable(
     impl: str, reason: str | None, operands: tuple, options: dict[str, Any]
 ) -> dict[str, Callable[..., Array]]:

@@ -76,6 +76,12 @@ def attention(
     return _attention(static, *jax.tree.unflatten(tree, vary_alike(*leaves)))
 
 
+def live_keys(mask: Mask, length: int) -> float:
+    """Keys that a query of a whole row is multiplied with, averaged over the row."""
+    block = _block(mask, length, length)
+    return sum(map(len, live_blocks(mask, length, length, block))) * block**2 / length
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: Static, *operands: Any) -> Array:
     return _forward(static, *operands)[0]

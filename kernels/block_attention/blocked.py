@@ -55,9 +55,11 @@ def block_attention(
 
 
 def multiplied_keys(length: int, size: int, count: int) -> float:
-    """Keys that a query is multiplied with when it chooses `count` blocks beside its own."""
-    own = -(-length // size) * size * size
-    return (own + _num_tiles(length, size, count) * size * size) / length
+    """Keys that a query is multiplied with when it chooses `count` blocks beside its own; an output
+    that is merged, which takes one product and not two, counts as half a key."""
+    tiles = -(-length // size) + _num_tiles(length, size, count)
+    outputs = 1 + min(count, max(length // size, 1))
+    return tiles * size * size / length + outputs / 2
 
 
 def _num_tiles(length: int, size: int, count: int) -> int:
@@ -94,9 +96,9 @@ def _row(
     if sinks is not None:  # takes weight and gives no value
         sink = jnp.broadcast_to(sinks, (lses.shape[0], 1, lses.shape[2]))
         lses = jnp.concatenate((lses, sink), 1)
-        outs = jnp.pad(outs, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    weights = jax.nn.softmax(lses, 1)[:, : outs.shape[1]]
     # a product and a sum instead of this contraction crash XLA's CPU code (jax 0.10.2)
-    return jnp.einsum("tng,tngh->tgh", jax.nn.softmax(lses, 1), outs)
+    return jnp.einsum("tng,tngh->tgh", weights, outs)
 
 
 def _weigh(

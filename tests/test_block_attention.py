@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from bestiary.eval.hlo import jaxpr_flops
 from bestiary.kernels.block_attention import (
     Blocks,
+    api,
     block_attention,
     blocked,
     choosable_blocks,
@@ -25,15 +27,23 @@ from bestiary.kernels.block_attention import (
 )
 from bestiary.kernels.block_attention import blocks as blocks_module
 from bestiary.layers import (
+    DEFAULT_RULES,
+    KIVI,
     NSA,
     Attention,
+    CachePolicy,
     Context,
+    Full,
     LearnedMLP,
     MoBA,
     Param,
+    Precision,
     RMSNorm,
+    pspec,
+    use_rules,
 )
 from bestiary.layers.base import map_params
+from bestiary.zoo import llama
 
 BATCH, LENGTH, PROMPT, DIM = 3, 23, 14, 20
 BASE = {"dim": DIM, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -78,6 +88,16 @@ MIXERS: dict[str, Attention] = {
     ),
 }
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+mixers_with_options = pytest.mark.parametrize("name", ["nsa_of_the_paper", "moba_with_options"])
+
+
+@pytest.fixture(params=["dense", "linear"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of computing, which choose by length, at the same small length."""
+    monkeypatch.setattr(api, "is_blocked", lambda *_: request.param == "linear")
+    if request.param == "linear":
+        monkeypatch.setattr(blocks_module, "QUERIES", 5)
+    return request.param
 
 
 def draw(layer: Any) -> Any:
@@ -238,7 +258,7 @@ def test_the_linear_path_equals_the_reference(
 
 
 LONG = {
-    "nsa": NSA(**BASE, block_size=16, num_selected=4, local_window=0),
+    "nsa": NSA(**BASE, block_size=16, num_selected=4, local_window=40),
     "moba": MoBA(**BASE, block_size=16, top_k=4),
 }
 
@@ -248,7 +268,7 @@ def test_flops_of_long_rows_are_counted(name: str) -> None:
     layer = LONG[name]
     x = jax.ShapeDtypeStruct((1, 1500, DIM), jnp.float32)
     traced = jax.jit(layer.apply).trace(layer.abstract(), x).jaxpr
-    assert layer.cost(1500).flops * 1500 == pytest.approx(jaxpr_flops(traced), rel=1e-9)
+    assert layer.cost(1500).flops * 1500 == pytest.approx(jaxpr_flops(traced, "cpu"), rel=1e-9)
 
 
 # --- what NSA and MoBA share ----------------------------------------------------------------------
@@ -265,9 +285,14 @@ POSITIONS = np.stack(
 SEGMENTS = np.where(np.arange(4)[:, None] == 1, 1 + POSITIONS // 10, 1)
 
 
-@every_mixer
-def test_decoding_equals_the_full_forward(name: str) -> None:
-    layer = MIXERS[name]
+TAIL = KIVI(bits=8, group_size=4, residual=32)  # of more tokens than there are: nothing is rounded
+
+
+@pytest.mark.parametrize(
+    "name, policy", [*((name, Full()) for name in MIXERS), ("nsa", TAIL), ("moba", TAIL)]
+)
+def test_decoding_equals_the_full_forward(name: str, policy: CachePolicy) -> None:
+    layer = replace(MIXERS[name], cache=policy)
     params, rows = draw(layer), inputs(4)
     padded = np.take_along_axis(rows, np.maximum(POSITIONS, 0)[..., None], 1)
     whole = Context(segment_ids=jnp.asarray(np.where(np.arange(4)[:, None] == 1, SEGMENTS[1], 1)))
@@ -290,3 +315,119 @@ def test_decoding_equals_the_full_forward(name: str) -> None:
     for row, positions in enumerate(POSITIONS):
         real = positions >= 0
         close(steps[row, real], full[row, positions[real]])
+
+
+@mixers_with_options
+@pytest.mark.parametrize("path", ["linear"], indirect=True)
+def test_long_rows_equal_short_ones(name: str, path: str) -> None:
+    """Computed by either path: values and gradients."""
+    layer = MIXERS[name]
+    params, x = draw(layer), inputs()
+    cotangent = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
+
+    def run() -> Any:
+        y, pull = jax.vjp(lambda params, x: layer.apply(params, x)[0], params, x)
+        return y, pull(cotangent)
+
+    linear = jax.jit(lambda: run())()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "is_blocked", lambda *_: False)
+        patch.setattr(blocks_module, "QUERIES", 512)
+        close(linear, jax.jit(lambda: run())())
+
+
+@mixers_with_options
+def test_the_order_of_slots_does_not_matter(name: str) -> None:
+    layer = MIXERS[name]
+    rng = np.random.default_rng(4)
+    q = rng.normal(size=(1, LENGTH, layer.num_heads, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, LENGTH + 6, layer.cached_heads, 8)).astype(np.float32)
+    params = draw(layer) | {"gates": rng.uniform(size=(1, LENGTH, layer.num_heads, 3))}
+    positions = np.r_[np.arange(LENGTH), [-1] * 6]
+    order = rng.permutation(LENGTH + 6)
+
+    @jax.jit
+    def slots(k: Any, v: Any, positions: Any) -> jax.Array:
+        return layer.attend(params, q, k, v, np.arange(LENGTH)[None], positions[None])
+
+    @jax.jit
+    def rows() -> jax.Array:
+        return layer.attend(params, q, k[:, :LENGTH], v[:, :LENGTH])
+
+    close(slots(k[:, order], v[:, order], positions[order]), rows())
+
+
+@every_mixer
+def test_the_future_does_not_matter(name: str, path: str) -> None:
+    layer = MIXERS[name]
+    params, before = draw(layer), inputs()
+    run = jax.jit(lambda x: layer.apply(params, x)[0])
+    after = before.copy()
+    after[:, PROMPT:] += 3
+    before, after = run(before), run(after)
+    np.testing.assert_array_equal(before[:, :PROMPT], after[:, :PROMPT])
+    assert (before[:, PROMPT:] != after[:, PROMPT:]).any()
+
+
+@every_mixer
+def test_packed_documents_are_alone(name: str, path: str) -> None:
+    """As if each had a row of its own, and bit by bit whatever the others are."""
+    layer = MIXERS[name]
+    params, x = draw(layer), inputs(1)
+    lengths = [9, 1, 8, 5]
+    document, place = np.repeat(range(4), lengths), np.concatenate([np.arange(n) for n in lengths])
+    ctx = Context(positions=jnp.asarray(place)[None], segment_ids=jnp.asarray(document)[None] + 1)
+    rows = np.zeros((4, max(lengths), DIM), np.float32)  # one document each, and then nothing
+    rows[document, place] = x[0]
+    run = jax.jit(lambda x: layer.apply(params, x, ctx)[0])
+    packed = run(x)
+    alone = jax.jit(lambda rows: layer.apply(params, rows)[0])(rows)
+    close(packed[0], alone[document, place])
+    third = document == 2
+    x[:, third] += 3
+    changed = run(x)
+    np.testing.assert_array_equal(changed[:, ~third], packed[:, ~third])
+    assert (changed[:, third] != packed[:, third]).any()
+
+
+@pytest.mark.parametrize("name", ["nsa_of_the_paper", "moba"])
+def test_sharded_equals_unsharded(name: str, path: str, mesh: jax.sharding.Mesh) -> None:
+    layer = MIXERS[name]
+    params, x = draw(layer), inputs(4)
+    cotangent = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
+
+    @jax.jit
+    def run(params: Any, x: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda params, x: layer.apply(params, x)[0], params, x)
+        return y, pull(cotangent)
+
+    expected = run(params, x)
+    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
+        placed = jax.device_put(params, jax.tree.map(lambda s: s.sharding, layer.abstract(mesh)))
+        rows = jax.device_put(x, jax.NamedSharding(mesh, pspec("batch", "seq", "embed")))
+        actual = run(placed, rows)
+    assert placed["key"].sharding.spec[1] == "tensor"
+    close(actual, expected)
+
+
+@mixers_with_options
+def test_a_step_in_bfloat16_stays_finite(name: str, path: str) -> None:
+    model = llama.llama(
+        vocab_size=31, num_layers=2, attention=MIXERS[name], ffn=llama.swiglu(DIM, 28), tied=True
+    )
+    model = replace(model, precision=Precision(params="bfloat16", compute="bfloat16"))
+    tokens = jnp.asarray(np.random.default_rng(3).integers(31, size=(BATCH, LENGTH)))
+
+    @jax.jit
+    def step(params: Any) -> tuple[jax.Array, Any]:
+        def loss(params: Any) -> jax.Array:
+            logits = jax.nn.log_softmax(model.apply(params, tokens)[0][:, :-1])
+            return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    before, params = step(model.init(jax.random.key(0)))
+    after, params = step(params)
+    assert after < before
+    assert all(np.isfinite(p.astype(np.float32)).all() for p in jax.tree.leaves(params))

@@ -67,8 +67,8 @@ class Recall(Task):
     """Pairs of a row, with keys of their own; 0 for recall of facts."""
     distance: int = 0
     """Tokens from a pair to its query, at the least. The pairs are somewhere in filler, and each is
-    asked for once, at the end; half of the symbols are keys and half values, as in the paper. 0:
-    queries follow the pairs until the row is full."""
+    asked for once, at the end; no value of a row is one of its keys. 0: queries follow the pairs
+    until the row is full."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,23 +117,22 @@ class Recall(Task):
 
     def _pairs(self, random: np.random.Generator, units: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [rows, units]: `pairs` of a row, then queries in random order."""
-        keys = self._keys(random, len(SYMBOLS))
+        keys = self._symbols(random)[:, : self.pairs]
         values = random.integers(len(SYMBOLS), size=keys.shape)
         asked = random.integers(self.pairs, size=(self.rows, units - self.pairs))
         first = np.tile(np.arange(self.pairs), (self.rows, 1))
         which = np.concatenate((first, asked), 1)
         return np.take_along_axis(keys, which, 1), np.take_along_axis(values, which, 1)
 
-    def _keys(self, random: np.random.Generator, number: int) -> np.ndarray:
-        """[rows, pairs] below `number`, different in a row."""
-        every = np.tile(np.arange(number), (self.rows, 1))
-        return random.permuted(every, axis=1)[:, : self.pairs]
+    def _symbols(self, random: np.random.Generator) -> np.ndarray:
+        """[rows, 64] in random order."""
+        return random.permuted(np.tile(np.arange(len(SYMBOLS)), (self.rows, 1)), axis=1)
 
     def _draw_apart(self, random: np.random.Generator, length: int) -> Rows:
-        half = len(SYMBOLS) // 2
-        keys = self._keys(random, half)
-        values = random.integers(half, len(SYMBOLS), size=keys.shape)
-        units = np.stack((keys, values), -1)
+        symbols = self._symbols(random)
+        drawn = random.integers(self.pairs, len(SYMBOLS), size=(self.rows, self.pairs))
+        values = np.take_along_axis(symbols, drawn, 1)
+        units = np.stack((symbols[:, : self.pairs], values), -1)
         order = random.permuted(np.tile(np.arange(self.pairs), (self.rows, 1)), axis=1)
         asked = np.take_along_axis(units, order[..., None], 1)
         tokens = random.choice(FILLER, (self.rows, length))

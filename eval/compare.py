@@ -127,6 +127,10 @@ def run(options: Compare) -> int:
 
         tpu.quiet_libtpu()
         tpu.parse(options.topology)
+    if options.initial is not None and not (Path(options.initial) / SETTINGS).is_file():
+        raise ValueError(
+            f"initial: {options.initial!r} holds no comparison at one length; need one"
+        )
     start()
     out = Path(options.out)
     comparisons = [_comparison(options, data, folder) for data, folder in _rows(options, out)]

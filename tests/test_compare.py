@@ -236,6 +236,16 @@ def test_a_finished_comparison_is_only_reported_again(
     assert (finished / "comparison.json").read_text() == before
 
 
+def test_runs_begin_with_those_of_another_comparison(
+    finished: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_sample", lambda *a: None)
+    more = ["--steps", "1", "--seeds", "1", "--initial", str(finished)]
+    assert main(words("dense", text, tmp_path / "out", *more)) == 0
+    experiment = read_experiment(tmp_path / "out/dense/seed-0/experiment.json")
+    assert experiment.initial == str(finished / "dense/seed-0")
+
+
 def test_stopped_goes_on_and_a_failing_member_is_reported(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -282,7 +292,7 @@ def test_lengths(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(compare_runs, "train", train)
     monkeypatch.setattr(run, "_sample", lambda *a: None)
     out = tmp_path / "out"
-    more = ["--steps", "2", "--seeds", "1", "--lengths", "32,16"]
+    more = ["--steps", "2", "--seeds", "1", "--lengths", "32,16", "--span", "8"]
     more += ["--data.batch-size", "16"]  # 8 devices take 8 rows or more
     assert main(words("dense,window", text, out, *more)) == 1
     found = json.loads((out / "lengths.json").read_text())
@@ -311,6 +321,7 @@ def test_lengths(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["dense,moe,moe"], "members: 'moe' is there twice; need each once"),
         (["moe"], "members: no 'dense'"),
         (["dense,nsa", "--span", "7"], "span: 7; need an even number"),
+        (["dense", "--initial", "nowhere"], "initial: 'nowhere' holds no comparison at one"),
         (["dense", "--lengths", "16"], "lengths: '16'; need two or more"),
         (["dense", "--lengths", "16,16"], "lengths: '16,16'; need two or more"),
         (["dense", "--lengths", "16,x"], "lengths: '16,x'; need two or more"),

@@ -77,7 +77,8 @@ def linear_attention(
 
 def _step(state: Array, rows: tuple[Array, ...], documents: Documents) -> tuple[Array, Array]:
     q, k, v, decay = rows
-    y, before, after = _within(q, k, v, decay, documents.number[..., None])
+    parts = (x[None] for x in (q, k, v, decay, documents.number[..., None]))
+    y, before, after = (x[0] for x in _within(*parts))
     entered = product(q * jnp.exp(before), state, q.dtype)
     y += jnp.where(documents.enters[..., None], entered, 0)
     left = jnp.where(documents.leaves[..., None], k * jnp.exp(after), 0)
@@ -88,7 +89,8 @@ def _step(state: Array, rows: tuple[Array, ...], documents: Documents) -> tuple[
 def _within(
     q: Array, k: Array, v: Array, decay: Array, document: Array
 ) -> tuple[Array, Array, Array]:
-    """y [..., chunk, p] of a chunk by itself, and sums of decays: up to a place, and after it.
+    """y [m, ..., chunk, p] of m chunks by themselves, and sums of decays: up to a place, and after
+    it.
 
     A chunk is two halves by themselves, and what the first gives to the second: all that lies
     between a key and a query decays, on the key's side and on the query's.
@@ -96,14 +98,19 @@ def _within(
     if q.shape[-2] == 1:
         return (q * k).sum(-1, keepdims=True, dtype=jnp.float32) * v, decay, jnp.zeros_like(decay)
 
-    def halves(x: Array) -> Array:
-        return jnp.stack(jnp.split(x, 2, -2))
+    def halves(x: Array) -> Array:  # on the first axis: XLA's CPU code allows few axes
+        return jnp.concatenate(jnp.split(x, 2, -2))
+
+    def first_and_second(x: Array) -> list[Array]:
+        return jnp.split(x, 2)
 
     q, k, v, decay, document = map(halves, (q, k, v, decay, document))
-    y, before, after = _within(q, k, v, decay, document)
-    scores = product(q[1] * jnp.exp(before[1]), (k[0] * jnp.exp(after[0])).mT, q.dtype)
-    scores = jnp.where(document[1] == document[0].mT, scores, 0)
-    given = product(scores, v[0], q.dtype)
+    parts = _within(q, k, v, decay, document)
+    y, before, after, documents = map(first_and_second, (*parts, document))
+    (_, q), (k, _), (v, _) = map(first_and_second, (q, k, v))
+    scores = product(q * jnp.exp(before[1]), (k * jnp.exp(after[0])).mT, q.dtype)
+    scores = jnp.where(documents[1] == documents[0].mT, scores, 0)
+    given = product(scores, v, q.dtype)
     first, second = before[0][..., -1:, :], before[1][..., -1:, :]
     return (
         jnp.concatenate((y[0], y[1] + given), -2),

@@ -63,8 +63,8 @@ class Indexer(Layer):
         }
 
     def cost(self, length: int) -> Cost:
-        """Adds q k over the keys of a whole sequence; active over the half seen on average."""
-        per_key = 2 * self.num_heads * self.head_dim
+        """Adds the scores of all keys of a sequence; active are the half seen on average."""
+        per_key = 2 * self.num_heads * (self.head_dim + 1)
         return super().cost(length) + Cost(per_key * length, per_key * (length + 1) / 2)
 
     def queries(
@@ -146,14 +146,15 @@ class DSA(MLA):
         return super().spec() | {"indexer": self.indexer}
 
     def cost(self, length: int) -> Cost:
-        """Of the masked form, which computes all heads over all keys; active over the chosen."""
-        cost = super().cost(length)
-        if self.stage == "warmup":
-            return cost
-        per_key = 2 * self.num_heads * (self.query_dim + self.value_dim)
-        chosen = min(self.top_k, length)
+        """Adds what heads multiply: with all keys or, gathered, with `top_k` latents; active are
+        those that a query of a full sequence attends to on average."""
+        if self.gathers(length):
+            per_key, keys = 4 * self.num_heads * (self.kv_rank + self.rope_dim), self.top_k
+        else:
+            per_key, keys = 2 * self.num_heads * (self.query_dim + self.value_dim), length
+        chosen = length if self.stage == "warmup" else min(self.top_k, length)
         seen = chosen - chosen * (chosen - 1) / (2 * length)
-        return cost + Cost(0, per_key * (seen - (length + 1) / 2))
+        return Layer.cost(self, length) + Cost(per_key * keys, per_key * seen)
 
     @property
     def cached(self) -> dict[str, Param]:

@@ -102,8 +102,9 @@ def test_refuses(text: str, tmp_path: Path) -> None:
         experiment(text, tmp_path / "run", mixer, only="indexer")
     with pytest.raises(ValueError, match=r"only: '\(' is no regular expression"):
         experiment(text, tmp_path / "run", mixer, only="(")
-    with pytest.raises(ValueError, match="initial: run: .* is no run"):
+    with pytest.raises(ValueError, match="initial: .*; need a run that has a checkpoint"):
         trained(text, tmp_path / "run", mixer, initial=str(tmp_path / "none"))
+    assert not (tmp_path / "run").exists()
     trained(text, tmp_path / "one", mixer, steps=1)
     other = replace(
         experiment(text, tmp_path / "other", mixer, initial=str(tmp_path / "one")),

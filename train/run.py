@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bestiary.layers.base import Tree
-from bestiary.train.checkpoint import EXPERIMENT, restore
+from bestiary.train.checkpoint import EXPERIMENT, restore, saved_steps
 from bestiary.train.clock import Clock
 from bestiary.train.corpus import Corpus
 from bestiary.train.curves import draw
@@ -23,7 +23,7 @@ from bestiary.train.experiment import (
     read_experiment,
     save_experiment,
 )
-from bestiary.train.initial import initial_state
+from bestiary.train.initial import given, initial_state
 from bestiary.train.loop import Interrupted, Loop, evaluation_batches
 from bestiary.train.mesh import placed
 from bestiary.train.placement import check
@@ -74,6 +74,8 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
     with Signals() as signals, ExitStack() as held:
         mesh = experiment.mesh.build()
         check(experiment, mesh)
+        if not saved_steps(run_dir):
+            given(experiment)  # refuses now what could not be begun from
         tokenizer, corpus, validation = load(experiment.data)
         if tokenizer.vocab_size > experiment.model.vocab_size:
             raise ValueError(

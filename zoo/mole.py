@@ -68,7 +68,7 @@ def convert(
         if isinstance(layer, MTP):
             block, own = converted(layer.block, params["block"], f"{place}/block")
             return replace(layer, block=block), params | {"block": own}
-        if isinstance(layer, Block):
+        if isinstance(layer, Block) and layer.ffn is not None:
             ffn, own = converted(layer.ffn, params["ffn"], place)
             return replace(layer, ffn=ffn), params | {"ffn": own}
         if isinstance(layer, Chain):

@@ -88,6 +88,10 @@ class Attention(Layer):
         """Mask and window in one."""
         return self.mask if self.window is None else self.mask & Window(self.window)
 
+    @property
+    def query_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
     def spec(self) -> Tree:
         q = (self.dim, self.num_heads, self.head_dim)
         kv = (self.dim, self.num_kv_heads, self.head_dim)
@@ -175,20 +179,8 @@ class Attention(Layer):
 
     def mix(self, params: Tree, q: Array, keys: Tree, positions: Array, ctx: Context) -> Array:
         """Attends to the `entries` of these tokens, or to what a cache policy says they see."""
-        k, v, segments = keys["k"].astype(q.dtype), keys["v"].astype(q.dtype), ctx.segment_ids
-        if "position" not in keys:
-            # in a row of packed documents, order in the row and equal segments say all
-            return self.attend(params, q, k, v, q_segments=segments, kv_segments=segments)
-        return self.attend(
-            params,
-            q,
-            k,
-            v,
-            q_positions=jnp.broadcast_to(positions, q.shape[:2]),
-            kv_positions=keys["position"],
-            q_segments=segments,
-            kv_segments=None if segments is None else keys["segment"],
-        )
+        k, v = keys["k"].astype(q.dtype), keys["v"].astype(q.dtype)
+        return self.attend(params, q, k, v, **kv.where(keys, positions, ctx.segment_ids))
 
     def rotate(self, x: Array, positions: Array) -> Array:
         """Positions enter queries and keys [batch, seq, heads, head] here."""
@@ -201,36 +193,27 @@ class Attention(Layer):
 
     def weigh(self, params: Tree, k: Array, q: Array, seen: Array) -> Array:
         """How queries weigh the seen keys: float32 [batch, kv_heads, heads / kv_heads, T, S]."""
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return weights(q, k, seen, scale=scale, softcap=self.softcap, sinks=params.get("sinks"))
+        options = {"scale": self.query_scale, "softcap": self.softcap}
+        return weights(q, k, seen, **options, sinks=params.get("sinks"))
 
-    def attend(
-        self,
-        params: Tree,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Array | None = None,
-        kv_positions: Array | None = None,
-        q_segments: Array | None = None,
-        kv_segments: Array | None = None,
-    ) -> Array:
-        """Mixes values [batch, S, kv_heads, head] by queries [batch, T, heads, head] and keys."""
+    def attend(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
+        """Mixes values [batch, S, kv_heads, head] by queries [batch, T, heads, head] and keys.
+
+        `where` says how both stand, as `cache.where` does: q_positions, kv_positions, q_segments
+        and kv_segments, those of `kernels.attention.attention`.
+        """
         return attention(
             q,
             k,
             v,
-            q_positions=q_positions,
-            kv_positions=kv_positions,
-            q_segments=q_segments,
-            kv_segments=kv_segments,
             mask=self.pattern,
-            scale=self.scale,
+            scale=self.query_scale,
             softcap=self.softcap,
             sinks=params.get("sinks"),
             spec=pspec(*HEADS),
             kv_spec=pspec(*KV_HEADS),
             impl=self.impl,
+            **where,
         )
 
 

@@ -167,6 +167,21 @@ def tokens(entries: Tree, positions: Array, segments: Array | None) -> Tree:
     return new if segments is None else new | {"segment": segments}
 
 
+def where(keys: Tree, positions: Array, segments: Array | None) -> dict[str, Any]:
+    """How queries at `positions` [batch or 1, T] and `keys` stand, as `attention` takes it; these
+    are the tokens' own entries, or what a policy says the queries see."""
+    if "position" not in keys:
+        # in a row of packed documents, order in the row and equal segments say all
+        return {"q_segments": segments, "kv_segments": segments}
+    at = keys["position"]
+    return {
+        "q_positions": jnp.broadcast_to(positions, (at.shape[0], positions.shape[1])),
+        "kv_positions": at,
+        "q_segments": segments,
+        "kv_segments": None if segments is None else keys["segment"],
+    }
+
+
 def alive(tokens: Tree) -> Array:
     """Which tokens belong to the document that is going on, that of the last one that is no
     padding: bool [batch, T]."""

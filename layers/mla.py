@@ -136,16 +136,12 @@ class MLA(Layer):
         latent = self.query_latent(params, x)
         q = self.queries(params, latent, positions)
         segments = ctx.segment_ids
-        # in a row of packed documents, order in the row and equal segments say all
-        where: Tree = {"q_segments": segments, "kv_segments": segments}
         if cache is not None:
             at = jnp.broadcast_to(positions, x.shape[:2])
             queries = {"q": q} | kv.tokens({}, at, segments)
             received = partial(self.received, params, queries)
             entries, cache = self.cache.update(cache, kv.tokens(entries, at, segments), received)
-            where = {"q_positions": at, "kv_positions": entries["position"]}
-            where |= {"q_segments": segments}
-            where |= {"kv_segments": None if segments is None else entries["segment"]}
+        where = kv.where(entries, positions, segments)
         y, aux = self.mix(params, x, latent, q, entries, where, ctx)
         return project("bsnh,nhd->bsd", y, params, "out"), cache, aux
 

@@ -4,6 +4,8 @@ Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
 """
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,43 +76,14 @@ class MoBA(Attention):
             params = params | {"full_attention": ctx.layer["full_attention"]}
         return super().apply(params, x, ctx, cache)
 
-    def attend(
-        self,
-        params: Tree,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Array | None = None,
-        kv_positions: Array | None = None,
-        q_segments: Array | None = None,
-        kv_segments: Array | None = None,
-    ) -> Array:
-        where = q_positions, kv_positions, q_segments, kv_segments
+    def attend(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
         if "full_attention" not in params:
-            return self.attend_to_blocks(params, q, k, v, *where)
-        return jax.lax.cond(
-            params["full_attention"] != 0,
-            super().attend,
-            self.attend_to_blocks,
-            params,
-            q,
-            k,
-            v,
-            *where,
-        )
+            return self.attend_to_blocks(params, q, k, v, **where)
+        full, blocks = (partial(f, **where) for f in (super().attend, self.attend_to_blocks))
+        return jax.lax.cond(params["full_attention"] != 0, full, blocks, params, q, k, v)
 
-    def attend_to_blocks(
-        self,
-        params: Tree,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Array | None = None,
-        kv_positions: Array | None = None,
-        q_segments: Array | None = None,
-        kv_segments: Array | None = None,
-    ) -> Array:
-        places = find_places(q.shape[1], q_positions, kv_positions, q_segments, kv_segments)
+    def attend_to_blocks(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
+        places = find_places(q.shape[1], **where)
         blocks = choosable_blocks(places, self.block_size)
         return block_attention(
             q,
@@ -120,7 +93,7 @@ class MoBA(Attention):
             blocks,
             self.route(q, k, places, blocks),
             size=self.block_size,
-            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            scale=self.query_scale,
             softcap=self.softcap,
             sinks=params.get("sinks"),
         )

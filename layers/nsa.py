@@ -4,7 +4,7 @@ Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -223,39 +223,18 @@ class NSA(Attention):
         gates = dot("bsd,dng->bsng", x, params["gate"], dtype=jnp.float32)
         return super().apply(params | {"gates": jax.nn.sigmoid(gates)}, x, ctx, cache)
 
-    def attend(
-        self,
-        params: Tree,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Array | None = None,
-        kv_positions: Array | None = None,
-        q_segments: Array | None = None,
-        kv_segments: Array | None = None,
-    ) -> Array:
-        where = q_positions, kv_positions, q_segments, kv_segments
-        branches, gates = self.branches(params, q, k, v, *where), params["gates"]
+    def attend(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
+        branches, gates = self.branches(params, q, k, v, **where), params["gates"]
         y = gates[..., :1] * branches.compressed + gates[..., 1:2] * branches.chosen
         if branches.near is not None:
             y += gates[..., 2:] * branches.near
         return y.astype(v.dtype)
 
-    def branches(
-        self,
-        params: Tree,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Array | None = None,
-        kv_positions: Array | None = None,
-        q_segments: Array | None = None,
-        kv_segments: Array | None = None,
-    ) -> Branches:
+    def branches(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Branches:
         """Of queries [batch, T, heads, head] over k and v [batch, S, cached_heads, head]."""
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        scale = self.query_scale
         keys, values = self.by_branch(k), self.by_branch(v)
-        places = find_places(q.shape[1], q_positions, kv_positions, q_segments, kv_segments)
+        places = find_places(q.shape[1], **where)
         blocks = choosable_blocks(places, self.block_size)
         compressed, choice = self.compressed(params, q, keys[0], values[0], places, blocks, scale)
         chosen = block_attention(
@@ -275,16 +254,13 @@ class NSA(Attention):
                 q,
                 keys[2],
                 values[2],
-                q_positions=q_positions,
-                kv_positions=kv_positions,
-                q_segments=q_segments,
-                kv_segments=kv_segments,
                 window=self.local_window,
                 scale=scale,
                 softcap=self.softcap,
                 spec=pspec(*HEADS),
                 kv_spec=pspec(*KV_HEADS),
                 impl=self.impl,
+                **where,
             )
         return Branches(compressed, chosen, near, blocks, choice)
 

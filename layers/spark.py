@@ -6,7 +6,7 @@ give the threshold that keeps about k of them (statistical top-k).
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -179,20 +179,10 @@ class SparkAttention(Attention):
         parts = super().rotate(x[..., :r], positions), super().rotate(x[..., r:], positions)
         return jnp.concatenate(parts, -1)
 
-    def attend(
-        self,
-        params: Tree,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Array | None = None,
-        kv_positions: Array | None = None,
-        q_segments: Array | None = None,
-        kv_segments: Array | None = None,
-    ) -> Array:
-        q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
-        kv_positions = jnp.arange(k.shape[1])[None] if kv_positions is None else kv_positions
-        seen = visible(q_positions, kv_positions, q_segments, kv_segments, self.pattern)
+    def attend(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
+        rows = {"q_positions": jnp.arange(q.shape[1])[None]}
+        rows |= {"kv_positions": jnp.arange(k.shape[1])[None]}
+        seen = visible(**rows | where, mask=self.pattern)
         weights = self.weigh(params, k, q, seen).astype(v.dtype)
         y = jnp.einsum("bkgts,bskh->btkgh", weights, v)
         return y.reshape(q.shape)

@@ -348,7 +348,8 @@ def test_the_order_of_slots_does_not_matter(name: str) -> None:
 
     @jax.jit
     def slots(k: Any, v: Any, positions: Any) -> jax.Array:
-        return layer.attend(params, q, k, v, np.arange(LENGTH)[None], positions[None])
+        where = {"q_positions": np.arange(LENGTH)[None], "kv_positions": positions[None]}
+        return layer.attend(params, q, k, v, **where)
 
     @jax.jit
     def rows() -> jax.Array:

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from bestiary.kernels import block_attention as blocks
 from bestiary.kernels.attention import visible
-from bestiary.kernels.block_attention import by_queries
+from bestiary.kernels.attention.reference import MASKED
 from bestiary.layers.base import (
     Array,
     Aux,
@@ -28,7 +29,6 @@ from bestiary.layers.rope import Rope
 from bestiary.layers.sharding import dot
 
 Stage = Literal["warmup", "sparse"]
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @layer
@@ -188,7 +188,9 @@ class DSA(MLA):
             return (self.gathered if gathers else self.masked)(q, k, v, scores, seen)
 
         positions = jnp.broadcast_to(positions, q.shape[:2])
-        y, divergence, mass = by_queries(block, q, index_q, index_w, positions, where["q_segments"])
+        y, divergence, mass = blocks.by_queries(
+            block, q, index_q, index_w, positions, where["q_segments"]
+        )
         losses = {"indexer": self.index_loss * ctx.mean(divergence)}
         aux = Aux(losses, {"indexed_mass": ctx.mean(mass)})
         return self.values(params, y) if gathers else y, aux
@@ -218,8 +220,9 @@ class DSA(MLA):
     ) -> tuple[Array, Array, Array]:
         """As `masked`, absorbed queries over the chosen latents [batch, S, 1, ...] alone."""
         del v
-        _, slots = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), self.top_k)
-        scores, kept = (jnp.take_along_axis(x, slots, 2) for x in (scores, seen))
+        slots = chosen_slots(scores, seen, self.top_k)
+        kept, slots = slots >= 0, jnp.maximum(slots, 0)
+        scores = jnp.take_along_axis(scores, slots, 2)
         latents = jax.vmap(lambda rows, slots: rows[slots])(k[:, :, 0], slots)
         logits = jnp.einsum("btnr,btkr->btnk", q, latents, preferred_element_type=jnp.float32)
         weights = softmax(self.query_scale * logits, kept[:, :, None])
@@ -230,10 +233,15 @@ class DSA(MLA):
 
 def choose(scores: Array, seen: Array, top_k: int) -> Array:
     """The `top_k` largest of the seen scores [batch, T, S], of equal ones the first: bool."""
-    top_k = min(top_k, scores.shape[-1])
-    _, slots = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), top_k)
+    slots = chosen_slots(scores, seen, top_k)
+    slots = jnp.where(slots >= 0, slots, scores.shape[-1])  # out of range: dropped
     batch, row = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
-    return jnp.zeros(scores.shape, bool).at[batch, row, slots].set(True) & seen
+    return jnp.zeros(scores.shape, bool).at[batch, row, slots].set(True, mode="drop")
+
+
+def chosen_slots(scores: Array, seen: Array, top_k: int) -> Array:
+    """As `choose`, their slots: int32 [batch, T, min(top_k, S)], -1 where fewer are seen."""
+    return blocks.choose(scores[:, :, None], seen, top_k)[:, :, 0]
 
 
 def softmax(logits: Array, kept: Array) -> Array:

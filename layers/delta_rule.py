@@ -32,7 +32,7 @@ from bestiary.layers.linear_attention import (
     power_of_two,
     product,
 )
-from bestiary.layers.mamba import inverse_softplus_of_log_uniform
+from bestiary.layers.mamba import inverse_softplus_of_log_uniform, log_of_uniform
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.sharding import shard
 
@@ -152,7 +152,7 @@ class GatedDeltaNet(Layer):
         return spec | {
             "decay": weight((self.dim, self.num_heads), per_head),
             "dt_bias": Param((self.num_heads,), ("heads",), inverse_softplus_of_log_uniform),
-            "A_log": Param((self.num_heads,), ("heads",), _log_of_uniform),
+            "A_log": Param((self.num_heads,), ("heads",), log_of_uniform(0.01, 16)),
             "beta": weight((self.dim, self.num_heads), per_head),
             "gate": weight((self.dim, values), per_head),
             "norm": self.norm,
@@ -235,7 +235,3 @@ class GatedDeltaNet(Layer):
         gate = jax.nn.silu(by_head(read("gate"), self.num_heads))
         o = (o * gate).reshape(*x.shape[:2], -1)
         return project("bse,ed->bsd", o, params, "out"), new
-
-
-def _log_of_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 0.01, 16)).astype(dtype)

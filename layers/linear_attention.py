@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.kernels.dispatch import vary_alike
+from bestiary.layers.attention import HEADS
 from bestiary.layers.base import (
     Array,
     Aux,
@@ -28,7 +29,6 @@ from bestiary.layers.causal_conv import Places, recurrent, recurrent_spec
 from bestiary.layers.linear import project
 from bestiary.layers.norms import RMSNorm
 
-HEADS = ("batch", "seq", "heads", "head")
 STATE = ("batch", "heads", "state", "head")
 
 

@@ -27,9 +27,8 @@ from bestiary.layers.base import (
     weight,
 )
 from bestiary.layers.causal_conv import CausalConv, Places, recurrent, recurrent_spec
+from bestiary.layers.feedforward import HIDDEN
 from bestiary.layers.linear import project
-
-HIDDEN = ("batch", "seq", "mlp")
 
 
 @layer
@@ -139,8 +138,13 @@ def inverse_softplus_of_log_uniform(key: Array, shape: tuple[int, ...], dtype: A
     return (t + jnp.log(-jnp.expm1(-t))).astype(dtype)
 
 
-def uniform(bound: float) -> Initializer:
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+def log_of_uniform(low: float, high: float) -> Initializer:
+    """Of a decay's A_log: A is uniform."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        return jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high)).astype(dtype)
+
+    return init
 
 
 def _log_of_1_to_n(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

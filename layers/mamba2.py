@@ -27,7 +27,7 @@ from bestiary.layers.base import (
 )
 from bestiary.layers.causal_conv import CausalConv, Places, recurrent, recurrent_spec
 from bestiary.layers.linear import project
-from bestiary.layers.mamba import inverse_softplus_of_log_uniform
+from bestiary.layers.mamba import inverse_softplus_of_log_uniform, log_of_uniform
 from bestiary.layers.sharding import shard
 
 
@@ -101,7 +101,7 @@ class Mamba2(Layer):
         spec |= {f"conv_{name}": conv for name, conv in self.convs.items()}
         spec |= {
             "dt_bias": Param((self.num_heads,), ("heads",), inverse_softplus_of_log_uniform),
-            "A_log": Param((self.num_heads,), ("heads",), _log_of_uniform),
+            "A_log": Param((self.num_heads,), ("heads",), log_of_uniform(1, 16)),
             "D": Param((self.num_heads,), ("heads",), ones),
             "norm": Param((self.inner,), ("heads",), ones),
             "out": weight((self.inner, self.dim), ("heads", "embed"), gain=self.out_gain),
@@ -205,7 +205,3 @@ class Mamba2(Layer):
         y32 *= jnp.repeat(jax.lax.rsqrt(square + self.norm_eps), width, -1)
         y32 *= gain.astype(jnp.float32)
         return (y32 * gate if self.norm_before_gate else y32).astype(y.dtype)
-
-
-def _log_of_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1, 16)).astype(dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers import linear_attention as linear
+from bestiary.layers.attention import HEADS
 from bestiary.layers.base import (
     Array,
     Aux,
@@ -90,7 +91,7 @@ class Performer(Layer):
         """With a cache, `ctx.positions` say where the tokens stand (negative: padding)."""
         positions = jnp.arange(x.shape[1])[None] if ctx.positions is None else ctx.positions
         q, k, v = (
-            project("bsd,dnh->bsnh", x, params, name, out=linear.HEADS)
+            project("bsd,dnh->bsnh", x, params, name, out=HEADS)
             for name in ("query", "key", "value")
         )
         if self.rope:

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bestiary.kernels.attention.masks import Full, Mask, live_blocks
+from bestiary.kernels.attention.reference import MASKED
 from bestiary.kernels.dispatch import vary_alike
 
 Array = jax.Array
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 # How much longer than in the largest block an entry of the logits takes, measured on CPU.
 BLOCKS = {256: 1.0, 128: 1.3, 64: 2.0}
 

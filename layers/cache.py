@@ -45,6 +45,12 @@ class CachePolicy:
         `entries` says what a token brings, [heads, width] each; `heads` counts the queries'. Raises
         ValueError where the policy cannot serve.
         """
+        del heads
+        slots = self.slots(length, window)
+        return declare(entries, batch, slots, dtype) | index_spec(batch, slots)
+
+    def slots(self, length: int, window: int | None) -> int:
+        """How many tokens it keeps of `length`. Raises ValueError beside a `window` it ignores."""
         raise NotImplementedError
 
     def update(
@@ -64,19 +70,8 @@ class Full(CachePolicy):
 
     complete = True
 
-    def spec(
-        self,
-        batch: int,
-        length: int,
-        entries: Mapping[str, Param],
-        dtype: Any,
-        *,
-        heads: int,
-        window: int | None = None,
-    ) -> Tree:
-        del heads
-        slots = min(length, window or length)
-        return declare(entries, batch, slots, dtype) | index_spec(batch, slots)
+    def slots(self, length: int, window: int | None) -> int:
+        return min(length, window or length)
 
     def update(
         self, cache: Tree, new: Tree, received: Received | None = None, window: int | None = None
@@ -106,20 +101,9 @@ class SinksWindow(CachePolicy):
     def __post_init__(self) -> None:
         positive(sinks=self.sinks, window=self.window)
 
-    def spec(
-        self,
-        batch: int,
-        length: int,
-        entries: Mapping[str, Param],
-        dtype: Any,
-        *,
-        heads: int,
-        window: int | None = None,
-    ) -> Tree:
-        del heads
+    def slots(self, length: int, window: int | None) -> int:
         no_window(self, window)
-        slots = min(length, self.sinks + self.window)
-        return declare(entries, batch, slots, dtype) | index_spec(batch, slots)
+        return min(length, self.sinks + self.window)
 
     def update(
         self, cache: Tree, new: Tree, received: Received | None = None, window: int | None = None

@@ -30,8 +30,13 @@ class Evicting(CachePolicy):
             raise ValueError(f"heads: {self.heads!r}; need one of {', '.join(get_args(Heads))}")
 
     @property
-    def slots(self) -> int:
+    def most(self) -> int:
+        """Tokens that it keeps."""
         raise NotImplementedError
+
+    def slots(self, length: int, window: int | None) -> int:
+        no_window(self, window)
+        return min(length, self.most)
 
     def spec(
         self,
@@ -43,10 +48,9 @@ class Evicting(CachePolicy):
         heads: int,
         window: int | None = None,
     ) -> Tree:
-        no_window(self, window)
         if self.heads == "query":
             entries = {name: replace(p, shape=(heads, *p.shape[1:])) for name, p in entries.items()}
-        slots = min(length, self.slots)
+        slots = self.slots(length, window)
         head = next(iter(entries.values()))
         index = (batch, head.shape[0], slots), ("batch", head.axes[0], None)
         spec = declare(entries, batch, slots, dtype)
@@ -83,20 +87,11 @@ class H2O(Evicting):
         positive(heavy=self.heavy, recent=self.recent)
 
     @property
-    def slots(self) -> int:
+    def most(self) -> int:
         return self.heavy + self.recent
 
-    def spec(
-        self,
-        batch: int,
-        length: int,
-        entries: Mapping[str, Param],
-        dtype: Any,
-        *,
-        heads: int,
-        window: int | None = None,
-    ) -> Tree:
-        spec = super().spec(batch, length, entries, dtype, heads=heads, window=window)
+    def spec(self, *args: Any, **options: Any) -> Tree:
+        spec = super().spec(*args, **options)
         index = spec["position"]
         return spec | {"score": Param(index.shape, index.axes)}
 
@@ -135,7 +130,7 @@ class SnapKV(Evicting):
             raise ValueError(f"pooling: {self.pooling!r}; need {' or '.join(get_args(Pooling))}")
 
     @property
-    def slots(self) -> int:
+    def most(self) -> int:
         return self.capacity + self.room
 
     def evict(self, both: Tree, cache: Tree, new: Tree, received: Received) -> Tree:

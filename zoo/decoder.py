@@ -272,3 +272,18 @@ class Decoder(Layer):
         else:
             z = self.head.apply(params["head"], x, jnp.float32)
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
+
+
+def plain_decoder(
+    *, vocab_size: int, blocks: Layer, norm: RMSNorm, tied: bool = False, **fields: Any
+) -> Decoder:
+    """A decoder of `norm.dim` with an embedding and, where it is not `tied` to that, a head of its
+    own; other `fields` are the `Decoder`'s."""
+    dim = norm.dim
+    return Decoder(
+        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+        blocks=blocks,
+        norm=norm,
+        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        **fields,
+    )

@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from bestiary.layers.feedforward import GLU
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mla import MLA
 from bestiary.layers.moe import MoE
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.rope import Yarn
 from bestiary.layers.router import Router
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import Block, Decoder, plain_decoder
 from bestiary.zoo.hf_config import Fields, rope_entries, rope_from_fields
 from bestiary.zoo.hf_families import (
     BLOCK_NAMES,
@@ -83,11 +82,11 @@ def deepseek_decoder(f: Fields) -> Decoder:
     dense, num_dense = gated(f, "hidden_act", "silu"), dense_of(f, 3)
     num_layers = f.integer("num_hidden_layers")
     vocab_size, tied = f.integer("vocab_size"), f.choice("tie_word_embeddings", BOOLEAN, False)
-    model = Decoder(
-        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+    model = plain_decoder(
+        vocab_size=vocab_size,
         blocks=dense_then_mixtures(block, dense, mixture, num_dense, num_layers),
         norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        tied=tied,
     )
     return with_further(f, model)
 

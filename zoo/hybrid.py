@@ -5,11 +5,10 @@ One attention layer in four to eight keeps the recall of full attention at littl
 """
 
 from bestiary.layers.base import Layer
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mamba2 import Mamba2
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import Block, Decoder, plain_decoder
 from bestiary.zoo.llama import multi_head, swiglu
 
 SSD_3_TO_1 = "sssa"
@@ -38,11 +37,11 @@ def hybrid(
         raise ValueError(f"pattern: {pattern!r} does not divide num_layers {num_layers}")
     norm = RMSNorm(dim=dim, eps=eps)
     blocks = tuple(Block(mixer=mixers[letter], ffn=ffn, norm=norm) for letter in pattern)
-    return Decoder(
-        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+    return plain_decoder(
+        vocab_size=vocab_size,
         blocks=Repeat(block=Chain(layers=blocks), n=num_layers // len(pattern)),
         norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        tied=tied,
     )
 
 

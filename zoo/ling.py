@@ -1,12 +1,11 @@
 """Ling 2.0 (Ling Team 2025, arXiv 2510.22115): sigmoid routing without a balancing loss."""
 
 from bestiary.layers.attention import Attention
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.moe import MoE
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import Block, Decoder, plain_decoder
 from bestiary.zoo.llama import swiglu
 from bestiary.zoo.mixtures import dense_then_mixtures
 
@@ -67,11 +66,11 @@ def ling(
         rope=rope,
     )
     block = Block(mixer=attention, ffn=ffn, norm=norm)
-    return Decoder(
-        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+    return plain_decoder(
+        vocab_size=vocab_size,
         blocks=dense_then_mixtures(block, swiglu(dim, dense_hidden), ffn, num_dense, num_layers),
         norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        tied=tied,
         std=std,
     )
 

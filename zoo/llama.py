@@ -7,11 +7,10 @@ from bestiary.layers.activations import Silu
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Layer
 from bestiary.layers.feedforward import GLU
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Repeat
 from bestiary.layers.rope import Llama3, Rope
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import Block, Decoder, plain_decoder
 
 _LLAMA3_2_ROPE = Rope(theta=500000.0, scaling=Llama3(factor=32.0, original_length=8192))
 
@@ -28,11 +27,11 @@ def llama(
     """`num_layers` pre-norm blocks of `attention` and `ffn`, whose width is that of the model."""
     dim = attention.dim
     norm = RMSNorm(dim=dim, eps=eps)
-    return Decoder(
-        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+    return plain_decoder(
+        vocab_size=vocab_size,
         blocks=Repeat(block=Block(mixer=attention, ffn=ffn, norm=norm), n=num_layers),
         norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        tied=tied,
     )
 
 

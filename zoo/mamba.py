@@ -8,12 +8,11 @@ here it has the type of `precision.compute`.
 import math
 
 from bestiary.layers.base import Layer
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mamba import Mamba
 from bestiary.layers.mamba2 import Mamba2
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Repeat
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import Block, Decoder, plain_decoder
 
 GPT_NEOX_VOCABULARY = 50277
 
@@ -29,11 +28,11 @@ def mixers_only(
 ) -> Decoder:
     """`num_layers` pre-norm blocks of `mixer`, whose width is `dim`."""
     norm = RMSNorm(dim=dim, eps=eps)
-    return Decoder(
-        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+    return plain_decoder(
+        vocab_size=vocab_size,
         blocks=Repeat(block=Block(mixer=mixer, ffn=None, norm=norm), n=num_layers),
         norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        tied=tied,
     )
 
 

@@ -7,13 +7,12 @@ balancing loss's coefficient could not be confirmed: they are arguments.
 
 import math
 
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.mla import MLA
 from bestiary.layers.moe import MoE
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import Block, Decoder, plain_decoder
 from bestiary.zoo.llama import swiglu
 from bestiary.zoo.mixtures import dense_then_mixtures
 
@@ -68,11 +67,11 @@ def pangu(
         placement="sandwich",
         post_starts=(attention_gain / depth, ffn_gain / depth),
     )
-    return Decoder(
-        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+    return plain_decoder(
+        vocab_size=vocab_size,
         blocks=dense_then_mixtures(block, swiglu(dim, dense_hidden), ffn, num_dense, num_layers),
         norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        tied=tied,
         std=math.sqrt(1 / (2 * dim * num_layers)),
     )
 

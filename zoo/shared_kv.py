@@ -4,11 +4,10 @@ from dataclasses import fields
 
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Layer
-from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.shared_kv import SharedAttention, SharedKV
-from bestiary.zoo.decoder import Block, Decoder
+from bestiary.zoo.decoder import Block, Decoder, plain_decoder
 from bestiary.zoo.llama import swiglu
 
 
@@ -34,11 +33,11 @@ def cross_layer(
     queries = SharedAttention(**{f.name: getattr(attention, f.name) for f in fields(attention)})
     block = Block(mixer=queries, ffn=ffn, norm=norm)
     group = SharedKV(source=attention, norm=norm, blocks=Chain(layers=(block,) * sharing))
-    return Decoder(
-        embedding=Embedding(vocab_size=vocab_size, dim=dim),
+    return plain_decoder(
+        vocab_size=vocab_size,
         blocks=Repeat(block=group, n=num_layers // sharing),
         norm=norm,
-        head=None if tied else Linear(inputs=dim, outputs=vocab_size, axes=("embed", "vocab")),
+        tied=tied,
     )
 
 

@@ -49,8 +49,7 @@ def dispatch(
       NotImplementedError: the named kernel cannot serve these operands; the message says why.
     """
     kernels = {"tpu": tpu, "gpu": gpu}
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    check_impl(impl)
     if impl in kernels and kernels[impl].reason is not None:
         raise NotImplementedError(f"impl={impl!r} cannot serve this call: {kernels[impl].reason}")
     usable = {k: v for k, v in kernels.items() if impl in ("auto", k) and v.reason is None}
@@ -64,6 +63,12 @@ def dispatch(
     else:
         run = from_inputs(usable[impl].forward, usable[impl].backward)
     return on_shards(run, in_specs, out_specs)(*args)
+
+
+def check_impl(impl: str) -> None:
+    """Raises ValueError for an unknown `impl`."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
 
 
 def by_platform(default: Callable, accelerated: dict[str, Callable]) -> Callable:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bestiary.kernels.chunks import whole_chunks
 from bestiary.kernels.dispatch import vary_alike
 from bestiary.layers.attention import HEADS
 from bestiary.layers.base import (
@@ -138,8 +139,7 @@ def by_chunks(
     chunk = chunk_of(length, chunk)
 
     def split(x: Array, mode: str = "constant") -> Array:
-        pads = ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2))
-        x = jnp.pad(x, pads, mode=mode).reshape(batch, -1, chunk, *x.shape[2:])
+        x = whole_chunks(x, chunk, mode).reshape(batch, -1, chunk, *x.shape[2:])
         return jnp.moveaxis(x, (1, 2), (0, 3))  # [chunks, batch, heads, chunk, ...]
 
     number = split(documents[:, :, None], "edge")

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from bestiary.kernels.attention import blocked, reference
 from bestiary.kernels.attention.masks import CAUSAL, Mask, Window
-from bestiary.kernels.dispatch import IMPLS, by_platform, why_not_sharded
+from bestiary.kernels.dispatch import by_platform, check_impl, why_not_sharded
 
 Array = jax.Array
 SHORT = 256  # rows up to here are faster, and small enough, with all their logits at once
@@ -68,8 +68,7 @@ def attention(
         raise ValueError(f"heads: {q.shape[2]} is not a multiple of kv_heads {k.shape[2]}")
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("segments: give q_segments and kv_segments, or neither")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    check_impl(impl)
     if bias is not None:
         allowed = [(b, h, k.shape[1]) for b in (q.shape[0], 1) for h in (q.shape[2], k.shape[2])]
         if bias.shape not in allowed:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bestiary.kernels.chunks import whole_chunks
+
 Array = jax.Array
 QUERIES = 512  # queries whose scores exist at a time in a long sequence
 NOWHERE = jnp.iinfo(jnp.int32).max // 2
@@ -167,11 +169,10 @@ def by_queries(f: Callable[..., tuple], *operands: Array | None) -> tuple:
     length = first.shape[1]
     if length < 4 * QUERIES:
         return f(*operands)
-    parts = -(-length // QUERIES)
 
     def split(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, parts * QUERIES - length), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(x.shape[0], parts, QUERIES, *x.shape[2:]).swapaxes(0, 1)
+        x = whole_chunks(x, QUERIES)
+        return x.reshape(x.shape[0], -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)
 
     def joined(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bestiary.kernels.dispatch import IMPLS, by_platform, vary_alike
+from bestiary.kernels.dispatch import by_platform, check_impl, vary_alike
 from bestiary.kernels.grouped_dot import reference, tpu
 
 Array = jax.Array
@@ -41,8 +41,7 @@ def grouped_dot(
         )
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}, w {w.dtype}; need one float type")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    check_impl(impl)
     if impl == "gpu":
         raise NotImplementedError("impl='gpu' cannot serve this call: there is no GPU kernel yet")
     x, w, sizes = vary_alike(x, w, sizes)

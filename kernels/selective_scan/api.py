@@ -1,11 +1,13 @@
 """The selective scan, the public operation: validates and chooses."""
 
+from functools import partial
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
-from bestiary.kernels.dispatch import IMPLS, vary_alike
+from bestiary.kernels.chunks import whole_chunks
+from bestiary.kernels.dispatch import check_impl, vary_alike
 from bestiary.kernels.selective_scan import reference
 from bestiary.kernels.selective_scan.reference import Method
 
@@ -70,8 +72,7 @@ def selective_scan(
         raise ValueError(f"chunk: {chunk}; need at least 1")
     if method not in get_args(Method):
         raise ValueError(f"method: {method!r}; need one of {', '.join(get_args(Method))}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    check_impl(impl)
     if impl in ("tpu", "gpu"):
         raise NotImplementedError(f"impl={impl!r} cannot serve this call: there is no kernel yet")
     shape = (batch, *A.shape)
@@ -81,12 +82,17 @@ def selective_scan(
     documents = jnp.zeros((batch, length), jnp.int32) if documents is None else documents
     chunk = min(chunk, length)
 
-    def padded(v: Array, mode: str = "constant") -> Array:
-        pads = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (v.ndim - 2)
-        return jnp.pad(v, pads, mode=mode)
-
+    padded = partial(whole_chunks, chunk=chunk)
     wide, dt, A, B, C, state = (v.astype(jnp.float32) for v in (x, dt, A, B, C, state))
-    args = [padded(wide), padded(dt), A, padded(B), padded(C), state, padded(documents, "edge")]
+    args = [
+        padded(wide),
+        padded(dt),
+        A,
+        padded(B),
+        padded(C),
+        state,
+        padded(documents, mode="edge"),
+    ]
     y, state = reference.selective_scan(*vary_alike(*args), chunk=chunk, method=method)
     y = y[:, :length]
     return (y if D is None else y + D.astype(jnp.float32) * wide).astype(x.dtype), state

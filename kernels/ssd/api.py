@@ -1,9 +1,12 @@
 """State-space duality, the public operation: validates and chooses."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from bestiary.kernels.dispatch import IMPLS, vary_alike
+from bestiary.kernels.chunks import whole_chunks
+from bestiary.kernels.dispatch import check_impl, vary_alike
 from bestiary.kernels.ssd import vjp
 
 Array = jax.Array
@@ -62,8 +65,7 @@ def ssd(
         raise ValueError(f"groups: {B.shape[2]} does not divide heads {heads}")
     if chunk < 1:
         raise ValueError(f"chunk: {chunk}; need at least 1")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    check_impl(impl)
     if impl in ("tpu", "gpu"):
         raise NotImplementedError(f"impl={impl!r} cannot serve this call: there is no kernel yet")
     shape = (batch, heads, channels, B.shape[3])
@@ -73,14 +75,11 @@ def ssd(
     documents = jnp.zeros((batch, length), jnp.int32) if documents is None else documents
     chunk = min(chunk, length)
 
-    def padded(v: Array, mode: str = "constant") -> Array:
-        pads = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (v.ndim - 2)
-        return jnp.pad(v, pads, mode=mode)
-
+    padded = partial(whole_chunks, chunk=chunk)
     A, dt = A.astype(jnp.float32), dt.astype(jnp.float32)
     B, C = B.astype(x.dtype), C.astype(x.dtype)
     args = [padded(x), padded(dt), A, padded(B), padded(C)]
-    args += [state.astype(jnp.float32), padded(documents, "edge")]
+    args += [state.astype(jnp.float32), padded(documents, mode="edge")]
     result: tuple[Array, Array] = vjp.ssd(chunk, *vary_alike(*args))
     y, state = result[0][:, :length], result[1]
     return (y if D is None else y + D.astype(x.dtype)[:, None] * x), state

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import close
 
 from bestiary.layers import Attention, Context, Layer, Param, RMSNorm, Rope, SparkAttention
 from bestiary.layers import rope as scalings
@@ -87,11 +88,6 @@ def inputs() -> np.ndarray:
 def forward(name: str) -> Callable:
     """The full forward of an option, compiled once for all tests: (params, x) -> y."""
     return jax.jit(lambda params, x: OPTIONS[name].apply(params, x)[0])
-
-
-def close(actual: Any, expected: Any, rtol: float = 2e-5) -> None:
-    expected = np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
 # --- an oracle in float64 -------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import close, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bestiary.layers import DEFAULT_RULES, DSA, MLA, Context, Layer, Param, Rope, use_rules
-from bestiary.layers.base import flatten, map_params
+from bestiary.layers import DEFAULT_RULES, DSA, MLA, Context, Rope, use_rules
+from bestiary.layers.base import flatten
 from bestiary.layers.dsa import choose
 
 BATCH, LENGTH, DIM = 3, 12, 20
@@ -25,21 +26,6 @@ FORMS = {
 every_form = pytest.mark.parametrize("name", FORMS)
 X = np.random.default_rng(1).normal(size=(BATCH, LENGTH, DIM)).astype(np.float32)
 SEGMENTS = np.array([[1] * 12, [1] * 5 + [2] * 7, [1] * 4 + [2] * 4 + [0] * 4])
-
-
-def close(actual: Any, expected: Any, rtol: float = 2e-5) -> None:
-    expected = np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
-
-
-def draw(layer: Layer) -> Any:
-    rng = np.random.default_rng(0)
-
-    def one(p: Param) -> jax.Array:
-        scale, mean = (0.3, 1.0) if p.inputs is None else (p.shape[p.batch_ndim] ** -0.5, 0.0)
-        return jnp.asarray(rng.normal(mean, scale, p.shape), jnp.float32)
-
-    return map_params(one, layer.declare())
 
 
 def dsa_of(hp: dict) -> DSA:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import close, draw
 
 from bestiary.layers import (
     DEFAULT_RULES,
@@ -18,7 +19,6 @@ from bestiary.layers import (
     Layer,
     Linear,
     MoE,
-    Param,
     Repeat,
     RMSNorm,
     Rope,
@@ -26,7 +26,7 @@ from bestiary.layers import (
     Silu,
     use_rules,
 )
-from bestiary.layers.base import flatten, map_params
+from bestiary.layers.base import flatten
 from bestiary.zoo.decoder import Block, Decoder
 
 BATCH, LENGTH, DIM = 3, 12, 20
@@ -40,21 +40,6 @@ OPTIONS = {
     "values_wider": MLA(**SIZES | {"value_dim": 13}, kv_rank=5),
 }
 every_option = pytest.mark.parametrize("name", OPTIONS)
-
-
-def close(actual: Any, expected: Any, rtol: float = 2e-5) -> None:
-    expected = np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
-
-
-def draw(layer: Layer) -> Any:
-    rng = np.random.default_rng(0)
-
-    def one(p: Param) -> jax.Array:
-        scale, mean = (0.3, 1.0) if p.inputs is None else (p.shape[p.batch_ndim] ** -0.5, 0.0)
-        return jnp.asarray(rng.normal(mean, scale, p.shape), jnp.float32)
-
-    return map_params(one, layer.declare())
 
 
 def oracle(layer: MLA, params: Any, x: np.ndarray, segments: np.ndarray) -> np.ndarray:

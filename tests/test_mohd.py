@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import draw
 
 from bestiary.layers import (
     DEFAULT_RULES,
@@ -16,10 +17,8 @@ from bestiary.layers import (
     Context,
     Fusion,
     Gelu,
-    Layer,
     MoHDFFN,
     MoHDResidual,
-    Param,
     Relu,
     Repeat,
     RMSNorm,
@@ -27,7 +26,7 @@ from bestiary.layers import (
     SubDimensions,
     use_rules,
 )
-from bestiary.layers.base import Count, flatten, map_params
+from bestiary.layers.base import Count, flatten
 from bestiary.zoo import llama, mohd
 from bestiary.zoo.decoder import Block
 
@@ -45,16 +44,6 @@ def close(actual: Any, expected: Any, name: str = "", rtol: float = 1e-5) -> Non
     np.testing.assert_allclose(
         np.asarray(actual).reshape(expected.shape), expected, rtol=rtol, atol=atol, err_msg=name
     )
-
-
-def draw(layer: Layer) -> Any:
-    rng = np.random.default_rng(5)
-
-    def one(p: Param) -> jax.Array:
-        scale, mean = (0.3, 1.0) if p.inputs is None else (p.shape[p.batch_ndim] ** -0.5, 0.0)
-        return jnp.asarray(rng.normal(mean, scale, p.shape), jnp.float32)
-
-    return map_params(one, layer.declare())
 
 
 @pytest.mark.golden("mohd_ffn")
@@ -150,7 +139,7 @@ def test_monarch_is_the_product_of_its_factors(width: int, blocks: int) -> None:
 
 
 def test_a_token_uses_shared_and_best_parts() -> None:
-    params, run = draw(GATE), jax.jit(GATE.gates)
+    params, run = draw(GATE, 5), jax.jit(GATE.gates)
     gates, aux = run(params, X)
     s = np.asarray(jax.jit(GATE.affinities)(params, X))
     assert ((gates > 0).sum(-1) == GATE.num_active).all() and (gates[..., 0] > 0).all()
@@ -185,7 +174,7 @@ def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> None:
         norm=RMSNorm(dim=DIM),
     )
     stack = Repeat(block=block, n=2, remat="full")
-    params = draw(stack)
+    params = draw(stack, 5)
 
     @jax.jit
     def run(params: Any) -> tuple:
@@ -212,7 +201,7 @@ def test_in_depth_all_learn_and_decoding_equals_the_full_forward() -> None:
 def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     inner = MoHDFFN(gate=GATE, hidden=HIDDEN)
     layer = MoHDResidual(gate=GATE, inner=inner, fusion="block")
-    params, x = draw(layer), jnp.asarray(np.concatenate((X, X[:1])))
+    params, x = draw(layer, 5), jnp.asarray(np.concatenate((X, X[:1])))
 
     def run(params: Any, x: jax.Array) -> tuple:
         def loss(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:

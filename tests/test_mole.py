@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import draw
 
 from bestiary.__main__ import main
 from bestiary.layers import (
@@ -22,7 +23,6 @@ from bestiary.layers import (
     LatentExperts,
     Layer,
     MoE,
-    Param,
     Relu,
     Repeat,
     RMSNorm,
@@ -30,7 +30,7 @@ from bestiary.layers import (
     Silu,
     use_rules,
 )
-from bestiary.layers.base import Count, flatten, map_params
+from bestiary.layers.base import Count, flatten
 from bestiary.layers.mole import convert, factorise
 from bestiary.train.checkpoint import load_run, save_run
 from bestiary.train.experiment import load_experiment
@@ -52,16 +52,6 @@ def close(actual: Any, expected: Any, name: str = "", rtol: float = 1e-5) -> Non
     np.testing.assert_allclose(
         np.asarray(actual).reshape(expected.shape), expected, rtol=rtol, atol=atol, err_msg=name
     )
-
-
-def draw(layer: Layer) -> Any:
-    rng = np.random.default_rng(5)
-
-    def one(p: Param) -> jax.Array:
-        scale, mean = (0.3, 1.0) if p.inputs is None else (p.shape[p.batch_ndim] ** -0.5, 0.0)
-        return jnp.asarray(rng.normal(mean, scale, p.shape), jnp.float32)
-
-    return map_params(one, layer.declare())
 
 
 def output(layer: Layer, params: Any, x: jax.Array) -> jax.Array:
@@ -123,7 +113,7 @@ def product(f: Any) -> np.ndarray:
 
 
 def test_experts_that_read_from_one_space_convert_exactly() -> None:
-    params = draw(MIXTURE)
+    params = draw(MIXTURE, 5)
     rng = np.random.default_rng(1)
     for name in ("gate", "up"):
         shared, own = rng.normal(size=(2, DIM, 4)), rng.normal(size=(EXPERTS, 4, HIDDEN))
@@ -187,7 +177,7 @@ def test_a_model_converts_layer_by_layer() -> None:
     """At full rank nothing is lost; below, the report says what and where."""
     ffn = mixtures.olmoe_ffn(DIM, EXPERTS, 2, GLU_EXPERT)
     model = mixtures.olmoe(2, DIM, 2, ffn, vocab_size=31)
-    params, ids = draw(model), jnp.arange(30).reshape(2, 15)
+    params, ids = draw(model, 5), jnp.arange(30).reshape(2, 15)
     full, converted, report = zoo.convert(model, params, GROUP, DIM)
     close(output(full, converted, ids), output(model, params, ids), rtol=1e-4)
     assert list(report) == ["blocks/0", "blocks/1"]
@@ -199,7 +189,7 @@ def test_a_model_converts_layer_by_layer() -> None:
         vocab_size=31, num_layers=2, attention=llama.multi_head(DIM, 2), ffn=GLU_EXPERT
     )
     with pytest.raises(ValueError, match="blocks: no mixture of experts"):
-        zoo.convert(dense, draw(dense), GROUP, 4)
+        zoo.convert(dense, draw(dense, 5), GROUP, 4)
 
 
 def test_models() -> None:
@@ -241,7 +231,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every model, by its name."""
     folder = tmp_path_factory.mktemp("runs")
     for name, model in MODELS.items():
-        save_run(folder / name, replace(load_experiment("tiny"), model=model), draw(model))
+        save_run(folder / name, replace(load_experiment("tiny"), model=model), draw(model, 5))
     return folder
 
 
@@ -325,13 +315,13 @@ def test_every_parameter_learns_through_scan_and_remat() -> None:
     def gradient(params: Any) -> Any:
         return jax.grad(lambda params: (stack.apply(params, jnp.asarray(X))[0] ** 2).sum())(params)
 
-    for path, g in flatten(gradient(draw(stack))):
+    for path, g in flatten(gradient(draw(stack, 5))):
         assert np.all(np.any(g, axis=tuple(range(1, g.ndim)))), path
 
 
 def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     """Latents travel to experts on other devices; values and gradients."""
-    params, x = draw(LATENT), jnp.tile(X, (2, 1, 1))
+    params, x = draw(LATENT, 5), jnp.tile(X, (2, 1, 1))
 
     def run(params: Any, x: jax.Array) -> tuple:
         def loss(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:

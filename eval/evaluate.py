@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from bestiary.eval.accounting import account
 from bestiary.eval.caching import Caching, with_cache
+from bestiary.kernels.chunks import whole_chunks
 from bestiary.layers.base import Array, Aux, Context, Tree, flatten
 from bestiary.layers.cache import Full
 from bestiary.train.data import load, validation_batches
@@ -158,8 +159,7 @@ def streamed(model: Decoder, params: Tree, batch: Batch, chunk: int) -> tuple[Ar
     }
 
     def split(x: Array, fill: int) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, -length % chunk)), constant_values=fill)
-        return x.reshape(rows, -1, chunk).swapaxes(0, 1)
+        return whole_chunks(x, chunk, fill).reshape(rows, -1, chunk).swapaxes(0, 1)
 
     def read(cache: Tree, part: Tree) -> tuple[Tree, tuple[Array, Aux]]:
         ctx = Context(positions=part["positions"], segment_ids=part["segments"])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from bestiary.kernels.attention import Mask, attention, visible, weights
 from bestiary.kernels.attention.masks import CAUSAL, Window, visible_pairs
+from bestiary.kernels.chunks import whole_chunks
 from bestiary.kernels.dispatch import Impl
 from bestiary.layers import cache as kv
 from bestiary.layers.base import (
@@ -248,12 +249,11 @@ def received(
         rows = jnp.arange(len(newest))[:, None]
         queries = {name: x[rows, newest] for name, x in queries.items()}
     batch, length = queries["position"].shape
-    pad = -length % BLOCK if length > BLOCK else 0
+    block = min(length, BLOCK)
 
     def split(name: str, x: Array) -> Array:
-        width = ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(x, width, constant_values=-1 if name == "position" else 0)
-        return x.reshape(batch, -1, min(length, BLOCK), *x.shape[2:]).swapaxes(0, 1)
+        x = whole_chunks(x, block, -1 if name == "position" else 0)
+        return x.reshape(batch, -1, block, *x.shape[2:]).swapaxes(0, 1)
 
     def add(total: Array | float, some: Tree) -> tuple[Array, None]:
         position, segment = some["position"], some.get("segment")

@@ -138,11 +138,11 @@ def by_chunks(
     documents = jnp.zeros((batch, length), jnp.int32) if documents is None else documents
     chunk = chunk_of(length, chunk)
 
-    def split(x: Array, mode: str = "constant") -> Array:
-        x = whole_chunks(x, chunk, mode).reshape(batch, -1, chunk, *x.shape[2:])
+    def split(x: Array, fill: int | None = 0) -> Array:
+        x = whole_chunks(x, chunk, fill).reshape(batch, -1, chunk, *x.shape[2:])
         return jnp.moveaxis(x, (1, 2), (0, 3))  # [chunks, batch, heads, chunk, ...]
 
-    number = split(documents[:, :, None], "edge")
+    number = split(documents[:, :, None], None)
     before = jnp.pad(number[:-1, ..., -1:], ((1, 0), (0, 0), (0, 0), (0, 0)))
     where = Documents(number, number == before, number == number[..., -1:])
     leaves, tree = jax.tree.flatten((state, (tuple(map(split, rows)), where)))

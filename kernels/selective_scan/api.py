@@ -91,7 +91,7 @@ def selective_scan(
         padded(B),
         padded(C),
         state,
-        padded(documents, mode="edge"),
+        padded(documents, fill=None),
     ]
     y, state = reference.selective_scan(*vary_alike(*args), chunk=chunk, method=method)
     y = y[:, :length]

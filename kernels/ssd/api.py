@@ -79,7 +79,7 @@ def ssd(
     A, dt = A.astype(jnp.float32), dt.astype(jnp.float32)
     B, C = B.astype(x.dtype), C.astype(x.dtype)
     args = [padded(x), padded(dt), A, padded(B), padded(C)]
-    args += [state.astype(jnp.float32), padded(documents, mode="edge")]
+    args += [state.astype(jnp.float32), padded(documents, fill=None)]
     result: tuple[Array, Array] = vjp.ssd(chunk, *vary_alike(*args))
     y, state = result[0][:, :length], result[1]
     return (y if D is None else y + D.astype(x.dtype)[:, None] * x), state

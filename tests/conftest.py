@@ -49,3 +49,11 @@ def mesh():
     """The 8 forced devices as data 2, fsdp 2, tensor 2."""
     axis_types = (jax.sharding.AxisType.Auto,) * 3
     return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=axis_types)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees the compiled programs of a test file: each takes some of the 65530 regions of memory
+    that Linux lets a process map, and all together they are more."""
+    yield
+    jax.clear_caches()

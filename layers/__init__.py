@@ -25,16 +25,19 @@ from bestiary.layers.base import (
     weight,
     zeros,
 )
+from bestiary.layers.batch_norm import BatchNorm
 from bestiary.layers.blockffn import AdaptiveFactor, BlockFFN
 from bestiary.layers.cache import CachePolicy, Full, SinksWindow
 from bestiary.layers.cache_eviction import H2O, SnapKV
 from bestiary.layers.cache_kivi import KIVI
 from bestiary.layers.causal_conv import CausalConv
+from bestiary.layers.clipped import Clipped
 from bestiary.layers.delta_rule import GatedDeltaNet
 from bestiary.layers.depth import MixtureOfDepths
 from bestiary.layers.dsa import DSA
 from bestiary.layers.engram import Engram
 from bestiary.layers.feedforward import GLU, MLP, Parallel
+from bestiary.layers.learned_activations import Dice, Interpolated, PReLU
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.linear_attention import GatedLinearAttention
 from bestiary.layers.mamba import Mamba
@@ -47,6 +50,7 @@ from bestiary.layers.mohd import Fusion, MoHDFFN, MoHDResidual, SubDimensions
 from bestiary.layers.mole import LatentExperts, LatentGLU
 from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.nsa import NSA, LearnedMLP, MeanPool
+from bestiary.layers.perceptron import Perceptron
 from bestiary.layers.performer import Performer
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
@@ -71,13 +75,16 @@ __all__ = [
     "AdaptiveFactor",
     "Attention",
     "Aux",
+    "BatchNorm",
     "BlockFFN",
     "CachePolicy",
     "CausalConv",
     "Chain",
+    "Clipped",
     "Context",
     "Cost",
     "Count",
+    "Dice",
     "Embedding",
     "Engram",
     "Full",
@@ -87,6 +94,7 @@ __all__ = [
     "GaussianGLU",
     "Gelu",
     "GeluTanh",
+    "Interpolated",
     "LatentExperts",
     "LatentGLU",
     "Layer",
@@ -103,8 +111,10 @@ __all__ = [
     "MoE",
     "MoHDFFN",
     "MoHDResidual",
+    "PReLU",
     "Parallel",
     "Param",
+    "Perceptron",
     "Performer",
     "PolyNorm",
     "PolyReLU",

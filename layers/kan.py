@@ -31,12 +31,12 @@ class KAN(Layer):
     outputs: int
     basis: Basis
     base: Layer | None = Silu()
-    """The activation of a branch of its own, with weights b; it sees x as it is. None: no branch."""
+    """The activation of a branch with weights b, which sees x as it is; None: no such branch."""
     base_gain: float = 1.0
     """b starts uniform in +- base_gain / sqrt(inputs)."""
     scale: Scale = "none"
-    """Factors s of the curves: none, or trained and at first all 1 / sqrt(inputs) (pykan) or uniform
-    in +- 1 / sqrt(inputs) (efficient-kan)."""
+    """Trained factors s of the curves, at first all 1 / sqrt(inputs) (pykan) or uniform in +- 1 /
+    sqrt(inputs) (efficient-kan)."""
     mask: bool = False
     """A mask m that no optimiser touches: 1, or 0 for an edge that is pruned."""
     bias: bool = False

@@ -59,8 +59,12 @@ class Basis(Layer):
         del params
         return jnp.zeros(x.shape, bool)
 
+    def values(self, params: Tree, z: Array) -> Array:
+        """`functions` wherever the argument lies."""
+        return self.functions(params, z)
+
     def apply(self, params: Tree, x: Array) -> Array:
-        return self.functions(params, self.argument(params, x)).astype(x.dtype)
+        return self.values(params, self.argument(params, x)).astype(x.dtype)
 
     def contract(self, params: Tree, x: Array, weight: Any) -> Array:
         """sum_s,i weight[s, i, o] f_s(x_i): [..., inputs] -> [..., outputs], as one product."""
@@ -102,18 +106,23 @@ class GridBasis(Basis):
         z = self.argument(params, x)
         return (z < low) | (z > high)
 
-    def apply(self, params: Tree, x: Array) -> Array:
+    def values(self, params: Tree, z: Array) -> Array:
         low, high = self.domain(params)
-        z = self.argument(params, x)
-        if self.outside == "normalise":
-            middle, radius = (low + high) / 2, (high - low) / 2
-            z = middle + radius * jnp.tanh((z - middle) / radius)
-        inside = jnp.clip(z, low, high) if self.outside in ("clamp", "extrapolate") else z
-        if self.outside == "extrapolate":
-            f = lambda z: self.functions(params, z)  # noqa: E731
-            values, slopes = jax.jvp(f, (inside,), (jnp.ones_like(z),))
-            return (values + slopes * (z - inside)[..., None, :]).astype(x.dtype)
-        return self.functions(params, inside).astype(x.dtype)
+        match self.outside:
+            case "clamp":
+                z = jnp.clip(z, low, high)
+            case "normalise":
+                middle, radius = (low + high) / 2, (high - low) / 2
+                z = middle + radius * jnp.tanh((z - middle) / radius)
+            case "extrapolate":
+                inside = jnp.clip(z, low, high)
+
+                def f(z: Array) -> Array:
+                    return self.functions(params, z)
+
+                values, slopes = jax.jvp(f, (inside,), (jnp.ones_like(z),))
+                return values + slopes * (z - inside)[..., None, :]
+        return self.functions(params, z)
 
 
 def stack(function: Callable[[Any], Array], size: int) -> Array:

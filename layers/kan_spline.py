@@ -102,12 +102,10 @@ def cardinal(v: Array, order: int) -> Array:
     r = (k + 1) / 2 - |v|, the distance from the nearer end of the support (Schoenberg 1946)."""
     if order == 0:
         return ((v >= -0.5) & (v < 0.5)).astype(v.dtype)
-    r = (order + 1) / 2 - jnp.abs(v)
-    terms = [
-        (-1) ** m * math.comb(order + 1, m) / math.factorial(order) * jnp.maximum(r - m, 0) ** order
-        for m in range(order // 2 + 1)
-    ]
-    return sum(terms[1:], terms[0])
+    r, total = (order + 1) / 2 - jnp.abs(v), jnp.zeros_like(v)
+    for m in range(order // 2 + 1):
+        total += (-1) ** m * math.comb(order + 1, m) * jnp.maximum(r - m, 0) ** order
+    return total / math.factorial(order)
 
 
 def b_spline(z: Array, knots: list[Array]) -> Array:

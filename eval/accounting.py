@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import jax
 
-from bestiary.layers.base import abstract, params_of
+from bestiary.layers.base import Layer, abstract, params_of
 from bestiary.train.optimizer import Optimizer
 from bestiary.train.step import split
-from bestiary.zoo.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,8 @@ class Accounting:
 
     Active figures count what a token uses: the kept units of a sparse layer, the keys a query sees
     (averaged over the sequence). Total figures count what the dense program executes. Bytes are
-    those of parameters in their stored type and of the cache in the compute type.
+    those of parameters in their stored type and of the cache in the compute type. Models of other
+    things than text are accounted for at length 1: a token is what their `unit` says.
     """
 
     length: int
@@ -43,7 +43,7 @@ class Accounting:
         return self.cache_bytes / self.length
 
 
-def account(model: Decoder, length: int, optimizer: Optimizer | None = None) -> Accounting:
+def account(model: Layer, length: int, optimizer: Optimizer | None = None) -> Accounting:
     """Accounts for `model` at context `length`. Raises ValueError for a length below 1."""
     if length < 1:
         raise ValueError(f"length: {length} tokens; need at least 1")

@@ -24,7 +24,7 @@ from bestiary.eval.evaluate import count_bytes, evaluate
 from bestiary.train import step
 from bestiary.train.checkpoint import load_run
 from bestiary.train.data import Data, load, validation_batches
-from bestiary.train.experiment import Experiment
+from bestiary.train.experiment import Experiment, language_model
 from bestiary.train.log import read_metrics
 from bestiary.train.loop import Interrupted
 from bestiary.train.mesh import Mesh
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def data(self) -> Data:
-        return self.experiments["dense"].data
+        return language_model(self.experiments["dense"])[1]
 
     def fix_steps(self, steps: int | None, minutes: float | None) -> None:
         """Settles the length of the runs: given, or what the dense member does in the minutes."""
@@ -180,10 +180,11 @@ class Comparison:
 def measure(run_dir: Path) -> Found:
     """What a finished run shows: on the held-out rows, and in its log."""
     experiment, params = load_run(run_dir)
-    tokenizer, _, validation = load(experiment.data)
-    batches = islice(validation_batches(validation, experiment.data), VALIDATION)
-    bytes_of = count_bytes(tokenizer, experiment.model.vocab_size)
-    found = evaluate(experiment.model, params, batches, bytes_of)
+    model, data = language_model(experiment)
+    tokenizer, _, validation = load(data)
+    batches = islice(validation_batches(validation, data), VALIDATION)
+    bytes_of = count_bytes(tokenizer, model.vocab_size)
+    found = evaluate(model, params, batches, bytes_of)
     shares = [share for layers in found.nonzero.values() for share in layers]
     logged = read_metrics(run_dir)
     speed = statistics.median(line["tokens_per_second"] for line in logged)
@@ -193,7 +194,7 @@ def measure(run_dir: Path) -> Found:
         "exact_rows": found.exact_rows,
         "nonzero": sum(shares) / len(shares) if shares else None,
         "tokens_per_second": speed,
-        "step_seconds": experiment.data.batch_size * experiment.data.length / speed,
+        "step_seconds": data.units / speed,
         "seconds": logged[-1]["seconds"],
         "routing": routing_of(run_dir),
     }

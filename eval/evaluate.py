@@ -1,4 +1,7 @@
-"""Evaluation: how well a model predicts text, and how many activations it uses to do so."""
+"""Evaluation: how well a model predicts text, and how many activations it uses to do so.
+
+Models of anything else are measured as their objective says.
+"""
 
 import dataclasses
 import json
@@ -7,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +23,14 @@ from bestiary.eval.caching import Caching, with_cache
 from bestiary.kernels.chunks import whole_chunks
 from bestiary.layers.base import Array, Aux, Context, Tree, flatten
 from bestiary.layers.cache import Full
-from bestiary.train.data import load, validation_batches
+from bestiary.train.data import Data, load, validation_batches
+from bestiary.train.dataset import Dataset
+from bestiary.train.experiment import Experiment, language_model
 from bestiary.train.objective import Batch, context, head_losses
 from bestiary.train.tokenizer import Tokenizer
 from bestiary.zoo.decoder import Decoder
+
+D = TypeVar("D", bound=Dataset)
 
 SPARSITY_BATCHES = 16
 
@@ -180,12 +187,12 @@ def count_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a trained model on held-out text."""
+    """Measure a trained model on held-out data; what is said of text is for language models."""
 
     run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Directory of the run."""
     data_path: Annotated[str | None, tyro.conf.arg(name="data.path")] = None
-    """Other text, all of it, in any form that training takes; the run's validation split when
+    """Other data, all of it, in any form that training takes; the run's validation split when
     absent."""
     steps: int | None = None
     """How many batches, from the start; when absent all, and 16 of them for --sparsity."""
@@ -212,17 +219,53 @@ class Evaluate:
 
 
 def run(command: Evaluate) -> None:
-    """`bestiary eval`. Raises ValueError for a directory that holds no readable run, or text that
-    cannot be read."""
-    from bestiary.eval.sparsity import show_sparsity, sparsity
+    """`bestiary eval`. Raises ValueError for a directory that holds no readable run, data that
+    cannot be read, or options for text of a model of something else."""
     from bestiary.train.checkpoint import load_run
 
     experiment, params = load_run(command.run_dir)
-    data = experiment.data
-    if command.data_path is not None:
-        data = dataclasses.replace(data, path=command.data_path, validation_fraction=1.0)
+    if command.sparsity or command.caching.cache or isinstance(experiment.model, Decoder):
+        model, text = language_model(experiment)
+        return _run_text(command, model, _chosen(text, command.data_path), params)
+    data = _chosen(experiment.data, command.data_path)
+    found = measure(experiment, data, params, command.steps)
+    if command.json:
+        print(json.dumps(found))
+    else:
+        show_measures(found)
+
+
+def measure(
+    experiment: Experiment, data: Dataset, params: Tree, steps: int | None = None
+) -> dict[str, float]:
+    """What the objective measures on `steps` batches of the validation split of `data`, None: all.
+
+    Raises ValueError for data that cannot be read, or not by this model, or without such a split.
+    """
+    loaded, program = data.load(), jax.jit(experiment.objective.measure, static_argnums=0)
+    loaded.check(experiment.model)
+    if not loaded.validation_batches:
+        raise ValueError("data: nothing is kept for validation; need something to measure on")
+    batches = islice(loaded.validation(), steps)
+    found = [jax.device_get(program(experiment.model, params, batch)) for batch in batches]
+    return experiment.objective.summary(found)
+
+
+def _chosen(data: D, path: str | None) -> D:
+    """`data`, or all of what is at another path."""
+    if path is None:
+        return data
+    fields = {f.name for f in dataclasses.fields(data)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {"path": path, "validation_fraction": 1.0}
+    changes = {name: value for name, value in changes.items() if name in fields}
+    return dataclasses.replace(data, **changes)  # type: ignore[type-var]
+
+
+def _run_text(command: Evaluate, model: Decoder, data: Data, params: Tree) -> None:
+    from bestiary.eval.sparsity import show_sparsity, sparsity
+
     tokenizer, _, validation = load(data)
-    model, token_bytes = experiment.model, count_bytes(tokenizer, experiment.model.vocab_size)
+    token_bytes = count_bytes(tokenizer, model.vocab_size)
     batches = validation_batches(validation, data)
     chunk = use = None
     if command.caching.cache is not None:
@@ -255,18 +298,25 @@ def run(command: Evaluate) -> None:
         show_sparsity(thinned)
 
 
+def show_measures(found: dict[str, float | int]) -> None:
+    """Prints a table for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = Table("measure", "value", title="Prediction")
+    for name, value in found.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        summary.add_row(name.replace("_", " "), text)
+    Console().print(summary)
+
+
 def show(result: Evaluation, use: CacheUse | None = None) -> None:
     """Prints tables for a person."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    summary = Table("measure", "value", title="Prediction")
-    for name, value in dataclasses.asdict(result).items():
-        if name != "nonzero":
-            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            summary.add_row(name.replace("_", " "), text)
-    console.print(summary)
+    show_measures({n: v for n, v in dataclasses.asdict(result).items() if n != "nonzero"})
     if use is not None:
         cache = Table("measure", "value", title=f"Cache, read {use.chunk} tokens at a time")
         cache.add_row("policy", use.policy)

@@ -236,15 +236,16 @@ class Generate:
 def run(command: Generate) -> None:
     """`bestiary generate`. Raises ValueError for a directory that holds no readable run."""
     from bestiary.train.checkpoint import load_run
+    from bestiary.train.experiment import language_model
 
     experiment, params = load_run(command.run_dir)
-    model = experiment.model
+    model, data = language_model(experiment)
     if command.caching.cache is not None:
         policy = command.caching.policy(room=command.max_new_tokens)
         model, others = with_cache(model, policy)
         if others:
             print(f"cache: {', '.join(others)} as before", file=sys.stderr)
-    tokenizer = load_tokenizer(experiment.data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     prompt = tokenizer.encode(command.prompt)
     steps = generate(
         model,

@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.sharding as js
 import tyro
@@ -21,17 +21,18 @@ from bestiary.eval.plan_programs import compile_task, decode_step, prefill, trai
 from bestiary.eval.plan_report import Level, Plan, print_plan
 from bestiary.eval.topology import Topology
 from bestiary.kernels.dispatch import axis_names
-from bestiary.layers.base import DTypeName, flatten
+from bestiary.layers.base import DTypeName, Layer, flatten
 from bestiary.layers.repeat import Remat
 from bestiary.layers.sharding import pspec
 from bestiary.train.data import Data
-from bestiary.train.experiment import Experiment, experiments, load_experiment
+from bestiary.train.experiment import Experiment, experiments, language_model, load_experiment
 from bestiary.train.mesh import MESH_AXES, Mesh, batch_shards, placed
 from bestiary.train.objective import NextToken
 from bestiary.train.optimizer import Optimizer
 from bestiary.train.tree_json import to_json
 from bestiary.zoo import load_model, models
 from bestiary.zoo.decoder import Decoder
+from bestiary.zoo.model import Model
 
 _DEFAULT_LENGTH = 4096
 _LOGITS = 2**27  # of one chunk on one device: 512 MiB in float32
@@ -89,6 +90,8 @@ def plan(
     sizes = experiment.mesh.sizes(len(topology.devices))
     mesh = tpu.mesh(topology, dict(zip(MESH_AXES, sizes, strict=True)))
     _check_divides(experiment, mesh)
+    if decode:
+        language_model(experiment)
     with placed(mesh, experiment.mesh.table):
         makers = (prefill, decode_step) if decode else (training_step,)
         programs = tuple(
@@ -114,7 +117,7 @@ def _check_divides(experiment: Experiment, mesh: js.Mesh) -> None:
     rules = experiment.mesh.table
     rows, shards = experiment.data.batch_size, batch_shards(mesh, rules)
     if rows % shards:
-        raise ValueError(f"batch: {rows} sequences do not divide over {shards} shards of the mesh")
+        raise ValueError(f"batch: {rows} rows do not divide over {shards} shards of the mesh")
     with placed(mesh, rules):
         for path, param in flatten(experiment.model.declare()):
             spec = pspec(*param.axes, mesh=mesh) or ()
@@ -128,12 +131,18 @@ def _check_divides(experiment: Experiment, mesh: js.Mesh) -> None:
                     )
 
 
-def _changed(model: Decoder, remat: Remat | None, compute: DTypeName | None) -> Decoder:
+def _changed(model: Layer, remat: Remat | None, compute: DTypeName | None) -> Any:
     """`model` with another recomputation or type of activations, unless None."""
+    if remat is None and compute is None:
+        return model
+    if not isinstance(model, Model):
+        name = "precision" if remat is None else "remat"
+        raise ValueError(f"{name}: {type(model).__name__} has none to choose; leave it out")
     if remat is not None:
         model = model.map_stacks(lambda stack: replace(stack, remat=remat))
     if compute is not None:
-        model = replace(model, precision=replace(model.precision, compute=compute))
+        precision = replace(model.precision, compute=compute)
+        model = replace(model, precision=precision)  # type: ignore[type-var]
     return model
 
 
@@ -221,8 +230,13 @@ def _experiment(options: Options, mesh: Mesh | None, devices: int) -> Experiment
         if options.name not in models():
             known = ", ".join([*experiments(), *models()])
             raise ValueError(f"name: {options.name!r} is no experiment or model; known: {known}")
+        model = load_model(options.name)
+        if not isinstance(model, Decoder):
+            raise ValueError(
+                f"name: {options.name!r} is no language model; need an experiment that trains it"
+            )
         return experiment_for(
-            load_model(options.name),
+            model,
             devices,
             mesh=mesh,
             batch=options.batch,
@@ -232,11 +246,13 @@ def _experiment(options: Options, mesh: Mesh | None, devices: int) -> Experiment
             optimizer=optimizer,
         )
     experiment = load_experiment(options.name)
-    data = replace(
-        experiment.data,
-        batch_size=options.batch or experiment.data.batch_size,
-        length=options.length or experiment.data.length,
-    )
+    data: Any = experiment.data
+    if options.batch is not None:
+        data = replace(data, batch_size=options.batch)
+    if options.length is not None:
+        data = replace(
+            language_model(experiment)[1], batch_size=data.batch_size, length=options.length
+        )
     return replace(
         experiment,
         model=_changed(experiment.model, options.remat, options.precision),

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import jax.sharding as js
 
 from bestiary.eval import topology as tpu
-from bestiary.eval.accounting import account
+from bestiary.eval.accounting import Accounting, account
 from bestiary.eval.hlo import HloReport, analyse, flops_by_primitive
 from bestiary.eval.plan_report import Level, Modelled, Program, Rate
 from bestiary.eval.topology import Topology
 from bestiary.layers.base import Array, Context, Precision, Tree, abstract
 from bestiary.layers.sharding import pspec
 from bestiary.train import step
-from bestiary.train.experiment import Experiment
+from bestiary.train.data import Data
+from bestiary.train.experiment import Experiment, language_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,12 @@ def training_step(experiment: Experiment, mesh: js.Mesh) -> Task:
             "optimizer": state["opt"],
             "batch": (batch, counters),
         },
-        **_work(experiment, experiment.data.length, passes=3),
+        **_training_work(experiment),
     )
 
 
 def prefill(experiment: Experiment, mesh: js.Mesh) -> Task:
-    return _advance(experiment, mesh, "prefill", experiment.data.length)
+    return _advance(experiment, mesh, "prefill", language_model(experiment)[1].length)
 
 
 def decode_step(experiment: Experiment, mesh: js.Mesh) -> Task:
@@ -62,9 +63,10 @@ def decode_step(experiment: Experiment, mesh: js.Mesh) -> Task:
 
 def _advance(experiment: Experiment, mesh: js.Mesh, name: str, new: int) -> Task:
     """Reads `new` tokens of every sequence into the cache and says what comes next."""
-    compute = experiment.model.precision.compute
-    model = replace(experiment.model, precision=Precision(params=compute, compute=compute))
-    rows, length = experiment.data.batch_size, experiment.data.length
+    model, data = language_model(experiment)
+    compute = model.precision.compute
+    model = replace(model, precision=Precision(params=compute, compute=compute))
+    rows, length = data.batch_size, data.length
     cache = abstract(model.cache_spec(rows, length), mesh)
     sharding = js.NamedSharding(mesh, pspec("batch", None, mesh=mesh) or js.PartitionSpec())
     tokens = jax.ShapeDtypeStruct((rows, new), jnp.int32, sharding=sharding)
@@ -80,18 +82,27 @@ def _advance(experiment: Experiment, mesh: js.Mesh, name: str, new: int) -> Task
         jitted=jax.jit(advance, donate_argnums=2, out_shardings=(None, shardings)),
         arguments=(params, tokens, cache),
         classes={"parameters": params, "cache": cache, "batch": tokens},
-        **_work(experiment, new, passes=1),
+        **_work(account(model, length), rows * new, passes=1, last=new == 1),
     )
 
 
-def _work(experiment: Experiment, new: int, passes: int) -> dict[str, Any]:
-    """`new` tokens of every sequence; backwards costs two more passes."""
-    tokens = experiment.data.batch_size * new
-    figures = account(experiment.model, experiment.data.length)
+def _training_work(experiment: Experiment) -> dict[str, Any]:
+    """Of all that a batch holds; backwards costs two more passes."""
+    data = experiment.data
+    figures = account(experiment.model, data.length if isinstance(data, Data) else 1)
+    return _work(figures, data.units, passes=3)
+
+
+def _work(figures: Accounting, tokens: int, passes: int, last: bool = False) -> dict[str, Any]:
+    """`tokens` of the batch, each the `last` of its row or all of them."""
+    total, active = figures.forward_flops_total, figures.forward_flops_active
+    if last:  # the last token meets all keys of a row, of which earlier ones skip a part
+        active = figures.decode_flops_active
+        total = max(total, active)
     return {
         "tokens": tokens,
-        "model_flops": passes * figures.forward_flops_total * tokens,
-        "active_flops": passes * figures.forward_flops_active * tokens,
+        "model_flops": passes * total * tokens,
+        "active_flops": passes * active * tokens,
         "six_n_flops": 2.0 * passes * figures.params_active * tokens,
     }
 

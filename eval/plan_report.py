@@ -10,6 +10,8 @@ from rich.table import Table
 from bestiary.eval.hlo import HloReport
 from bestiary.eval.show import short, wide_console
 from bestiary.train.experiment import Experiment
+from bestiary.train.objective import NextToken
+from bestiary.zoo.model import Model
 
 Level = Literal["O0", "O1", "O2", "O3"]
 
@@ -106,17 +108,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"[bold]{escape(plan.name)}[/bold] on {plan.topology}: {plan.devices} devices")
     facts = [
         f"mesh {mesh}",
-        f"{experiment.data.batch_size} sequences of {experiment.data.length} tokens",
+        experiment.data.describe(),
         f"{short(plan.params_total)} parameters ({short(plan.params_active)} active)",
-        f"activations {experiment.model.precision.compute}",
     ]
+    model, objective = experiment.model, experiment.objective
+    if isinstance(model, Model):
+        facts.append(f"activations {model.precision.compute}")
+        if not decode:
+            facts.append(f"parameters {model.precision.params}")
+            facts.append(f"remat {', '.join({stack.remat for stack in model.stacks})}")
     if not decode:
-        facts += [
-            f"parameters {experiment.model.precision.params}",
-            f"remat {', '.join({stack.remat for stack in experiment.model.stacks})}",
-            f"{experiment.optimizer.name}",
-            f"logits in {experiment.objective.chunks} chunks",
-        ]
+        facts.append(experiment.optimizer.name)
+    if not decode and isinstance(objective, NextToken):
+        facts.append(f"logits in {objective.chunks} chunks")
     for i in range(0, len(facts), 4):
         console.print(escape("  " + ", ".join(facts[i : i + 4])))
     console.print(

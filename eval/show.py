@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -21,10 +22,12 @@ import bestiary.layers
 from bestiary.eval.accounting import Accounting, account
 from bestiary.eval.caching import Caching, with_cache
 from bestiary.layers.base import Layer, flatten
+from bestiary.train.data import Data
 from bestiary.train.experiment import Experiment, experiments, load_experiment
 from bestiary.train.mesh import MESH_AXES, placed
 from bestiary.train.tree_json import to_json
 from bestiary.zoo import load_model, models
+from bestiary.zoo.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +69,32 @@ def run_list(options: List) -> None:
 
 
 def figures_table(length: int) -> str:
-    """Every model's accounting at context `length`, as Markdown."""
-    columns = {
+    """Every model's accounting as Markdown; a table of language models, at context `length`, comes
+    last."""
+    found = {name: load_model(name) for name in models()}
+    texts = {name: model for name, model in found.items() if isinstance(model, Decoder)}
+    rest = {name: account(model, 1) for name, model in found.items() if name not in texts}
+    held = {
         "parameters": lambda a: short(a.params_total),
         "active": lambda a: short(a.params_active),
         "training FLOPs": lambda a: short(a.training_flops_total),
+    }
+    forward = {"forward FLOPs": lambda a: short(a.forward_flops_active)}
+    decode = {
         "prefill FLOPs": lambda a: short(a.forward_flops_active),
         "decode FLOPs": lambda a: short(a.decode_flops_active),
         "decode bytes": lambda a: short(a.decode_bytes_active, "B"),
         "cache bytes": lambda a: short(a.cache_bytes_per_token, "B"),
-        "optimiser bytes": lambda a: short(a.optimizer_bytes, "B"),
     }
+    moments = {"optimiser bytes": lambda a: short(a.optimizer_bytes, "B")}
+    tables = [_markdown(held | forward | moments, rest)] if rest else []
+    accounts = {name: account(model, length) for name, model in texts.items()}
+    return "\n\n".join([*tables, _markdown(held | decode | moments, accounts)])
+
+
+def _markdown(columns: dict[str, Callable[[Accounting], str]], rows: dict[str, Accounting]) -> str:
     lines = [f"| model | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name in models():
-        figures = account(load_model(name), length)
+    for name, figures in rows.items():
         lines.append(f"| `{name}` | {' | '.join(f(figures) for f in columns.values())} |")
     return "\n".join(lines)
 
@@ -104,7 +119,8 @@ class Show:
     name: Annotated[str, tyro.conf.Positional]
     """A model or an experiment of `bestiary list`."""
     length: int | None = None
-    """Context length of the figures; by default that of the experiment, 4096 for a model."""
+    """Context length of the figures of a language model; by default that of the experiment, 4096
+    for a model."""
     sharding: bool = False
     """Print every parameter's shape and placement on the mesh of the experiment."""
     caching: tyro.conf.OmitArgPrefixes[Caching] = Caching()
@@ -119,12 +135,14 @@ def run_show(options: Show, experiment: Experiment | None = None) -> None:
     if experiment is None and options.sharding:
         raise ValueError(f"sharding: {options.name!r} is not an experiment, so it has no mesh")
     model = load_model(options.name) if experiment is None else experiment.model
-    if options.caching.cache is not None:
+    if not isinstance(model, Decoder) and (options.caching.cache or options.length):
+        raise ValueError(f"name: {options.name!r} is no language model: it has no cache or length")
+    if options.caching.cache is not None and isinstance(model, Decoder):
         model, _ = with_cache(model, options.caching.policy())
         experiment = experiment and dataclasses.replace(experiment, model=model)
-    length = options.length
-    if length is None:
-        length = 4096 if experiment is None else experiment.data.length
+    length = options.length or (4096 if isinstance(model, Decoder) else 1)
+    if experiment and isinstance(experiment.data, Data):
+        length = options.length or experiment.data.length
     figures = account(model, length)
     places = placements(experiment) if experiment and options.sharding else {}
     if options.json:
@@ -134,7 +152,7 @@ def run_show(options: Show, experiment: Experiment | None = None) -> None:
         return
     console = wide_console()
     console.print(f"[bold]{options.name}[/bold]")
-    console.print(_figures(figures))
+    console.print(_figures(figures, model.unit))
     console.print()
     if places:
         console.print(_placements(places))
@@ -182,24 +200,30 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
-def _figures(a: Accounting) -> Table:
+def _figures(a: Accounting, unit: str) -> Table:
     table = Table(box=None, show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
-    rows = (
+    rows = [
         ("parameters", f"{a.params_total:,}"),
-        ("active parameters per token", f"{a.params_active:,}"),
-        ("context length of what follows", f"{a.length:,}"),
-        ("forward FLOPs per token", short(a.forward_flops_total)),
+        (f"active parameters per {unit}", f"{a.params_active:,}"),
+    ]
+    if unit == "token":
+        rows.append(("context length of what follows", f"{a.length:,}"))
+    rows += [
+        (f"forward FLOPs per {unit}", short(a.forward_flops_total)),
         ("  of them active", short(a.forward_flops_active)),
-        ("training FLOPs per token", short(a.training_flops_total)),
+        (f"training FLOPs per {unit}", short(a.training_flops_total)),
         ("  of them active", short(a.training_flops_active)),
-        ("active FLOPs of the last decoded token", short(a.decode_flops_active)),
-        ("bytes read per decoded token, batch 1", short(a.decode_bytes_active, "B")),
-        ("KV-cache bytes per token", short(a.cache_bytes_per_token, "B")),
-        ("KV-cache bytes per sequence", short(a.cache_bytes, "B")),
-        ("optimiser bytes (AdamW)", short(a.optimizer_bytes, "B")),
-    )
+    ]
+    if unit == "token":
+        rows += [
+            ("active FLOPs of the last decoded token", short(a.decode_flops_active)),
+            ("bytes read per decoded token, batch 1", short(a.decode_bytes_active, "B")),
+            ("KV-cache bytes per token", short(a.cache_bytes_per_token, "B")),
+            ("KV-cache bytes per sequence", short(a.cache_bytes, "B")),
+        ]
+    rows.append(("optimiser bytes (AdamW)", short(a.optimizer_bytes, "B")))
     for row in rows:
         table.add_row(*row)
     return table

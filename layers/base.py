@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +221,9 @@ class Precision:
 class Layer:
     """Base of all layers: subclasses are decorated with `@layer` and define `spec` and `apply`."""
 
+    unit: ClassVar[str] = "token"
+    """What `cost` is stated per."""
+
     def spec(self) -> Tree:
         """A nested dict of `Param`s and sub-layers, keyed as the parameters are."""
         return {}
@@ -259,6 +262,10 @@ class Layer:
         Layers that contract anything but parameters add it.
         """
         return sum_costs(self.spec(), length)
+
+    def training_cost(self, length: int) -> Cost:
+        """`cost` in training, for models that then compute more."""
+        return self.cost(length)
 
 
 def positive(**fields: int | None) -> None:

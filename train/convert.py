@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bestiary.train.checkpoint import load_run, save_run
+from bestiary.train.experiment import language_model
 from bestiary.train.tree_json import to_json
 from bestiary.zoo import mole
 
@@ -46,9 +47,10 @@ def run(options: Convert) -> None:
     if out.exists():
         raise ValueError(f"out: {out} exists already; need a new folder")
     experiment, params = load_run(options.run, options.step)
-    before = experiment.model.count()
+    model, _ = language_model(experiment)
+    before = model.count()
     model, params, report = mole.convert(
-        experiment.model,
+        model,
         params,
         options.group_size,
         options.latent,

@@ -5,12 +5,19 @@ from pathlib import Path
 from bestiary.train.log import nonzero, read_metrics
 
 
-def draw(run_dir: Path) -> Path:
-    """Draws RUN/curves.png from RUN/metrics.jsonl, one panel under the other; returns its path."""
+def draw(run_dir: Path, unit: str) -> Path:
+    """Draws RUN/curves.png from RUN/metrics.jsonl, one panel under the other; returns its path.
+
+    `unit` is that of the loss; what else was measured on the validation split has panels too.
+    """
     from matplotlib.figure import Figure  # takes half a second
 
     lines = read_metrics(run_dir)
-    panels = {"nats per token": ["loss", "validation_loss"], "learning rate": ["learning_rate"]}
+    panels = {unit: ["loss", "validation_loss"]}
+    measured = {name for line in lines for name in line if name.startswith("validation_")}
+    for name in sorted(measured - {"validation_loss"}):
+        panels[name.removeprefix("validation_")] = [name.removeprefix("validation_"), name]
+    panels["learning rate"] = ["learning_rate"]
     for line in lines:
         line["nonzero"] = nonzero(line)
     if any(line["nonzero"] is not None for line in lines):
@@ -23,14 +30,15 @@ def draw(run_dir: Path) -> Path:
         for name in names:
             known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if known:
-                style = "o-" if name == "validation_loss" else "-"
+                style = "o-" if name.startswith("validation_") else "-"
                 axis.plot(*zip(*known, strict=True), style, label=name, markersize=3, linewidth=1.2)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     for axis in axes[1:]:
         axis.set_ylim(bottom=0)
-    if lines:
-        axes[0].legend()
+    for axis in axes:
+        if len(axis.lines) > 1:
+            axis.legend()
     axes[0].set_title(run_dir.name)
     axes[-1].set_xlabel("step")
     path = run_dir / "curves.png"

@@ -3,23 +3,30 @@
 import dataclasses
 import functools
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
+from bestiary.layers.base import Layer, Param, Tree
 from bestiary.train.corpus import Corpus, read_corpus
+from bestiary.train.dataset import Batch, Dataset, Loaded, ahead, local_rows
 from bestiary.train.tasks import is_task, read_task
 from bestiary.train.tokenizer import Tokenizer, load_tokenizer
+from bestiary.zoo.decoder import Decoder
 
 if TYPE_CHECKING:
     import grain
 
-Batch = dict[str, np.ndarray]
+_PROMPT, _SAMPLE = 32, 200  # tokens of the text at the end of a run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Dataset):
     """Text to learn from and how it is cut into batches."""
+
+    unit: ClassVar[str] = "tokens"
 
     path: str | None = None
     """Text file, folder, .jsonl, .parquet, .array_record or token file (.npy, .bin); this Python's
@@ -49,6 +56,74 @@ class Data:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction} must be between 0 and 1"
             )
+
+    @property
+    def units(self) -> int:
+        return self.batch_size * self.length
+
+    def describe(self) -> str:
+        return f"{self.batch_size} sequences of {self.length} tokens"
+
+    def declare(self) -> dict[str, Param]:
+        """As `train_iterator` says."""
+        names = ("inputs", "targets", "positions", "segment_ids", "weights")
+        dtypes = dict.fromkeys(names, jnp.int32) | {"weights": jnp.float32}
+        shape = (self.batch_size, self.length)
+        return {n: Param(shape, ("batch", "seq"), dtype=dtype) for n, dtype in dtypes.items()}
+
+    def load(self) -> "Text":
+        return Text(self, *load(self))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text(Loaded):
+    """A tokeniser and the corpora to train and to validate on."""
+
+    data: Data
+    tokenizer: Tokenizer
+    corpus: Corpus
+    held_out: Corpus
+
+    @property
+    def validation_batches(self) -> int:  # type: ignore[override]
+        return -(-max(0, len(self.held_out) - 1) // self.data.units)
+
+    def check(self, model: Layer) -> None:
+        if not isinstance(model, Decoder):
+            raise ValueError(f"model: {type(model).__name__} reads no text; need a language model")
+        if self.tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer: {self.data.tokenizer!r} has {self.tokenizer.vocab_size} tokens; "
+                f"need at most the model's vocab_size {model.vocab_size}"
+            )
+
+    def train(self, seed: int, index: int = 0, count: int = 1) -> "grain.DatasetIterator[Batch]":
+        return train_iterator(self.corpus, self.data, seed, index, count)
+
+    def validation(self, index: int = 0, count: int = 1) -> "grain.IterDataset[Batch]":
+        return validation_batches(self.held_out, self.data, index, count)
+
+    def finish(self, run_dir: Path, model: Layer, params: Tree) -> None:
+        """Writes samples.txt: the beginning of the held-out text, continued by the model."""
+        import jax
+
+        from bestiary.eval.generate import generate, stream_text
+        from bestiary.eval.sampling import Sampling
+
+        assert isinstance(model, Decoder)
+        text = self.held_out if len(self.held_out) else self.corpus
+        prompt = np.asarray(text.tokens[:_PROMPT], np.int32)
+        steps = generate(
+            model,
+            params,
+            prompt[None],
+            sampling=Sampling(),
+            max_new_tokens=_SAMPLE,
+            key=jax.random.key(0),
+            eos=self.tokenizer.eos,
+        )
+        with (run_dir / "samples.txt").open("w", encoding="utf-8") as file:
+            stream_text(steps, self.tokenizer, prompt, file)
 
 
 def load(data: Data) -> tuple[Tokenizer, Corpus, Corpus]:
@@ -99,7 +174,7 @@ def train_iterator(
     """
     import grain  # takes a second: not for those who only read the configuration
 
-    local = _local_rows(data, process_index, process_count)
+    local = local_rows(data.batch_size, process_index, process_count)
     _require(corpus, data, "training", data.length + 1)
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative")
@@ -123,7 +198,7 @@ def train_iterator(
         return cut_rows(corpus, np.concatenate(starts), data.length, data.isolate_documents)
 
     steps = grain.MapDataset.range(sys.maxsize // data.batch_size).map(batch)
-    return iter(steps.to_iter_dataset(_ahead()))
+    return iter(steps.to_iter_dataset(ahead()))
 
 
 def validation_batches(
@@ -142,7 +217,7 @@ def validation_batches(
     """
     import grain
 
-    local = _local_rows(data, process_index, process_count)
+    local = local_rows(data.batch_size, process_index, process_count)
     _require(corpus, data, "validation", 2)
     rows = -(-(len(corpus) - 1) // data.length)
 
@@ -151,7 +226,7 @@ def validation_batches(
         starts = np.arange(first, first + local) * data.length
         return cut_rows(corpus, starts, data.length, data.isolate_documents)
 
-    return grain.MapDataset.range(-(-rows // data.batch_size)).map(batch).to_iter_dataset(_ahead())
+    return grain.MapDataset.range(-(-rows // data.batch_size)).map(batch).to_iter_dataset(ahead())
 
 
 def cut_rows(corpus: Corpus, starts: np.ndarray, length: int, isolate: bool) -> Batch:
@@ -183,16 +258,6 @@ def cut_rows(corpus: Corpus, starts: np.ndarray, length: int, isolate: bool) -> 
     }
 
 
-def _local_rows(data: Data, process_index: int, process_count: int) -> int:
-    if data.batch_size % process_count:
-        raise ValueError(
-            f"data.batch_size={data.batch_size} must be a multiple of the {process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be below {process_count}")
-    return data.batch_size // process_count
-
-
 def _require(corpus: Corpus, data: Data, use: str, least: int) -> None:
     if len(corpus) < least:
         raise ValueError(
@@ -200,9 +265,3 @@ def _require(corpus: Corpus, data: Data, use: str, least: int) -> None:
             f"needed with data.length={data.length}, "
             f"data.validation_fraction={data.validation_fraction}"
         )
-
-
-def _ahead() -> "grain.ReadOptions":
-    import grain
-
-    return grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -11,11 +11,12 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from bestiary.layers.base import Param, Tree, is_param, params_of
+from bestiary.layers.base import Layer, Param, Tree, is_param, params_of
 from bestiary.train import tree_json
 from bestiary.train.data import Data
+from bestiary.train.dataset import Dataset
 from bestiary.train.mesh import Mesh
-from bestiary.train.objective import NextToken
+from bestiary.train.objective import NextToken, Objective
 from bestiary.train.optimizer import Optimizer, Schedule
 from bestiary.zoo.decoder import Decoder
 
@@ -60,9 +61,9 @@ class Evaluation:
 class Experiment:
     """A training run, from the model to the last checkpoint."""
 
-    model: Decoder
-    data: Data = Data()
-    objective: NextToken = NextToken()
+    model: Layer
+    data: Dataset = Data()
+    objective: Objective = NextToken()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     mesh: Mesh = field(default_factory=Mesh)
@@ -112,11 +113,7 @@ class Experiment:
                 f"accumulate: {self.accumulate}; need a divisor of "
                 f"data.batch_size {self.data.batch_size}"
             )
-        if self.data.length % self.objective.chunks:
-            raise ValueError(
-                f"objective.chunks: {self.objective.chunks}; need a divisor of "
-                f"data.length {self.data.length}"
-            )
+        self.objective.check(self.data)
 
     def declare(self) -> Tree:
         """The model's parameters; those that `only` leaves out are not trained.
@@ -135,6 +132,14 @@ class Experiment:
             return p if wanted.search(name) else replace(p, trainable=False)
 
         return jax.tree_util.tree_map_with_path(one, self.model.declare(), is_leaf=is_param)
+
+
+def language_model(experiment: Experiment) -> tuple[Decoder, Data]:
+    """The model and its text. Raises ValueError where the experiment is about something else."""
+    model, data = experiment.model, experiment.data
+    if not isinstance(model, Decoder) or not isinstance(data, Data):
+        raise ValueError(f"model: {type(model).__name__}; need a language model for this")
+    return model, data
 
 
 def experiments() -> dict[str, str]:

@@ -87,9 +87,12 @@ def nonzero(line: Line) -> float | None:
 def describe(line: Line, total: int, left: float) -> str:
     """A line for people."""
     parts = [f"step {line['step']}/{total}", f"loss {line['loss']:.4f}"]
-    if "validation_loss" in line:
-        parts.append(f"validation {line['validation_loss']:.4f}")
-    parts += [f"lr {line['learning_rate']:.2e}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    for name, value in line.items():
+        if name.startswith("validation_"):
+            parts.append(f"{name.removesuffix('_loss').replace('_', ' ')} {value:.4f}")
+    parts.append(f"lr {line['learning_rate']:.2e}")
+    speeds = {n.removesuffix("_per_second"): v for n, v in line.items() if n.endswith("per_second")}
+    parts += [f"{value:,.0f} {unit}/s" for unit, value in speeds.items()]
     if (share := nonzero(line)) is not None:
         parts.append(f"nonzero {share:.1%}")
     if line.get("skipped"):

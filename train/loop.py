@@ -14,9 +14,8 @@ from jax.experimental import multihost_utils
 
 from bestiary.train.checkpoint import FOLDER, Saver, saved_steps
 from bestiary.train.clock import Clock
-from bestiary.train.corpus import Corpus
 from bestiary.train.curves import draw
-from bestiary.train.data import Batch, train_iterator, validation_batches
+from bestiary.train.dataset import Batch, Loaded
 from bestiary.train.experiment import Experiment
 from bestiary.train.log import Line, Log, layer_metrics
 from bestiary.train.placement import batch_part
@@ -55,8 +54,8 @@ class Loop:
         self.run, self.clock = run, clock
         self.step = make_step(experiment, mesh)
         self.evaluation = make_evaluation(experiment, mesh)
-        self.rows = abstract_batch(experiment, mesh)["inputs"]
-        self.part = batch_part(self.rows)
+        self.batch = abstract_batch(experiment, mesh)
+        self.part = batch_part(self.batch)
         self.replicated = js.NamedSharding(mesh, js.PartitionSpec())
         self.saver = Saver(run_dir, experiment.checkpoints)
         self.log = Log(run_dir, run["step"]) if jax.process_index() == 0 else None
@@ -65,18 +64,18 @@ class Loop:
         self.pending: deque[tuple[int, dict[str, Any]]] = deque()
         self.drawn = time.monotonic()
 
-    def go(self, state: State, corpus: Corpus, validation: Corpus) -> State:
+    def go(self, state: State, data: Loaded) -> State:
         """Runs to the end or to a signal, with everything written."""
         try:
-            return self._steps(state, corpus, validation)
+            return self._steps(state, data)
         finally:
             self.saver.close()
             if self.log:
                 self.log.close()
 
-    def _steps(self, state: State, corpus: Corpus, validation: Corpus) -> State:
+    def _steps(self, state: State, data: Loaded) -> State:
         experiment, clock, first = self.experiment, self.clock, self.issued
-        batches = train_iterator(corpus, experiment.data, experiment.seed, *self.part)
+        batches = data.train(experiment.seed, *self.part)
         if "data" in self.run:
             batches.set_state(self.run["data"])
         position, batch = batches.get_state(), self._put(next(batches))
@@ -97,15 +96,16 @@ class Loop:
             if self._agree():
                 total = self._total()
             done = self.issued >= clock.total
-            evaluate = len(validation) and (done or (every and self.issued % every == 0))
+            due = done or (every and self.issued % every == 0)
+            evaluate = due and data.validation_batches > 0
             save = done or self.stop or self.issued % experiment.checkpoints.every == 0
             if evaluate or save:
                 self._settle(1)
                 self._require_finite(jax.block_until_ready(metrics))
-                loss = self._evaluate(state, validation) if evaluate else None
-                self._settle(0, loss)
+                found = self._evaluate(state, data) if evaluate else {}
+                self._settle(0, found)
                 if save:
-                    self._save(state, position, loss)
+                    self._save(state, position, found.get("validation_loss"))
         if self.stop:
             name = signal.Signals(self.stop).name
             at = self.run_dir / FOLDER / str(self.issued)
@@ -131,37 +131,36 @@ class Loop:
             self.stop = self.signals.number
         return self.clock.total != total
 
-    def _settle(self, keep: int, validation_loss: float | None = None) -> None:
-        """Waits until at most `keep` steps are unfinished and reports those that are due."""
+    def _settle(self, keep: int, found: dict[str, float] | None = None) -> None:
+        """Waits until at most `keep` steps are unfinished and reports those that are due, and with
+        the last what an evaluation found."""
         while len(self.pending) > keep:
             step, metrics = self.pending.popleft()
             jax.block_until_ready(metrics)
             self.clock.lap(step)
             last = step == self.clock.total
-            if last or validation_loss is not None or step % self.experiment.log_every == 0:
+            if last or found or step % self.experiment.log_every == 0:
                 self._require_finite(metrics)
-                self._report(step, metrics, validation_loss)
+                self._report(step, metrics, found or {})
 
-    def _report(self, step: int, metrics: dict[str, Any], validation_loss: float | None) -> None:
+    def _report(self, step: int, metrics: dict[str, Any], found: dict[str, float]) -> None:
         if self.log is None:
             return
         metrics = jax.device_get(metrics)
         layers, counts = metrics.pop("layers"), {"skipped": int(metrics.pop("skipped"))}
         del metrics["bad"], metrics["tokens"]
         line: Line = {"step": step} | {name: float(value) for name, value in metrics.items()}
-        if validation_loss is not None:
-            line["validation_loss"] = validation_loss
         data, seconds = self.experiment.data, self.clock.step_seconds or self.clock.compile_seconds
-        line["tokens_per_second"] = data.batch_size * data.length / seconds
+        line |= found | {f"{data.unit}_per_second": data.units / seconds}
         line |= {"seconds": self.clock.used} | {k: v for k, v in counts.items() if v}
         if shares := layer_metrics(layers):
             line["layers"] = shares
         if step == self.clock.total:
             line["compilations"] = self.step._cache_size()  # type: ignore[attr-defined]
         self.log.write(line, self.clock.total, self.clock.left(step))
-        if validation_loss is not None and time.monotonic() - self.drawn > _REDRAW:
+        if found and time.monotonic() - self.drawn > _REDRAW:
             with self.clock.pause("drawing"):
-                draw(self.run_dir)
+                draw(self.run_dir, self.experiment.objective.unit)
             self.drawn = time.monotonic()
 
     def _require_finite(self, metrics: dict[str, Any]) -> None:
@@ -177,17 +176,18 @@ class Loop:
             f"last good checkpoint: {good}"
         )
 
-    def _evaluate(self, state: State, validation: Corpus) -> float:
-        """Mean loss over the weighted targets of the validation split."""
-        batches = validation_batches(validation, self.experiment.data, *self.part)
-        sums, waiting = np.zeros(2), deque()
+    def _evaluate(self, state: State, data: Loaded) -> dict[str, float]:
+        """Means over the validation split, or its beginning: "validation_loss" and others."""
+        measured, waiting = [], deque()
         with self.clock.pause("evaluation"):
-            for batch in itertools.islice(batches, evaluation_batches(self.experiment, validation)):
+            most = evaluation_batches(self.experiment, data)
+            for batch in itertools.islice(data.validation(*self.part), most):
                 waiting.append(self.evaluation(state, self._put(batch)))
                 if len(waiting) > AHEAD:
-                    sums += jax.device_get(waiting.popleft())
-            sums += sum(jax.device_get(list(waiting)))
-        return float(sums[0] / max(sums[1], 1))
+                    measured.append(jax.device_get(waiting.popleft()))
+            measured += jax.device_get(list(waiting))
+        found = self.experiment.objective.summary(measured)
+        return {f"validation_{name}": value for name, value in found.items()}
 
     def _save(self, state: State, position: Any, validation_loss: float | None) -> None:
         with self.clock.pause("save"):
@@ -204,18 +204,16 @@ class Loop:
 
     def _put(self, batch: Batch) -> dict[str, jax.Array]:
         """This process's rows as part of the global batch, on their way to the devices."""
-        shape, sharding = self.rows.shape, self.rows.sharding
         return {
-            name: jax.make_array_from_process_local_data(sharding, rows, shape)
-            for name, rows in batch.items()
+            name: jax.make_array_from_process_local_data(whole.sharding, batch[name], whole.shape)
+            for name, whole in self.batch.items()
         }
 
     def _total(self) -> jax.Array:
         return jax.device_put(np.int32(self.clock.total), self.replicated)
 
 
-def evaluation_batches(experiment: Experiment, validation: Corpus) -> int:
-    """How many batches of `validation` one evaluation takes."""
-    data, most = experiment.data, experiment.evaluation.batches
-    every = -(-max(0, len(validation) - 1) // (data.length * data.batch_size))
-    return min(most, every) if most else every
+def evaluation_batches(experiment: Experiment, data: Loaded) -> int:
+    """How many batches of the validation split one evaluation takes."""
+    every = data.validation_batches
+    return min(experiment.evaluation.batches or every, every)

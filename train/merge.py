@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from bestiary.layers.base import Array, Precision, Tree
+from bestiary.layers.base import Array, Layer, Precision, Tree
 from bestiary.train.checkpoint import EXPERIMENT, load_run, save_run, saved_steps
 from bestiary.train.experiment import Experiment, read_experiment
 from bestiary.train.merge_tensors import (
@@ -27,7 +27,7 @@ from bestiary.train.merge_tensors import (
     weighted_sum,
 )
 from bestiary.train.tree_json import difference, to_json
-from bestiary.zoo.decoder import Decoder
+from bestiary.zoo.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +234,12 @@ def _load(paths: Sequence[str]) -> tuple[Experiment, list[Tree]]:
     return experiment, trees
 
 
-def _architecture(model: Decoder) -> Decoder:
+def _architecture(model: Layer) -> Layer:
     """`model` without what says how, and in which types, it is computed."""
+    if not isinstance(model, Model):
+        return model
     model = model.map_stacks(lambda stack: dataclasses.replace(stack, remat="none", unroll=1))
-    return dataclasses.replace(model, precision=Precision())
+    return dataclasses.replace(model, precision=Precision())  # type: ignore[type-var]
 
 
 def _check_weights(runs: Sequence[str], weights: Sequence[float], least: int) -> None:

@@ -1,16 +1,62 @@
-"""Next-token prediction: the loss of every position, z-loss, and the layers' own losses."""
+"""The contract of objectives, and next-token prediction: the loss of every position, z-loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bestiary.layers.base import Array, Aux, Context, Tree
+from bestiary.layers.base import Array, Aux, Context, Layer, Tree
+from bestiary.train.data import Data
+from bestiary.train.dataset import Dataset
 from bestiary.zoo.decoder import Decoder
 
 Batch = dict[str, Any]
 """inputs, targets, positions, segment_ids int32 [batch, seq]; weights float32 [batch, seq]."""
+
+Report = dict[str, Any]
+"""What a step reports: "sums" over the batch, by name, and "means", what the layers say."""
+
+
+class Objective:
+    """The base of objectives: frozen dataclasses that say what a model learns from a batch.
+
+    Every sum over a batch that an objective returns has an entry "tokens", the weight of what it is
+    summed over; sums of the parts of a batch add up to that of the whole.
+    """
+
+    unit: ClassVar[str] = "loss"
+    """What the loss measures, for people."""
+
+    def check(self, data: Dataset) -> None:
+        """Raises ValueError for data that it cannot learn from."""
+
+    def __call__(
+        self, model: Layer, params: Tree, batch: Batch, key: Array | None = None
+    ) -> tuple[Array, Report, Tree]:
+        """The sum to be minimised, what to report (its sums have "loss"), next states of layers."""
+        raise NotImplementedError
+
+    def measure(self, model: Layer, params: Tree, batch: Batch) -> dict[str, Array]:
+        """Of a batch of the validation split: "loss", "tokens" and further sums by name."""
+        raise NotImplementedError
+
+    def summary(self, measured: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+        """The means, by name, of what `measure` gave for several batches: "loss" and others."""
+        sums = {n: sum(float(batch[n]) for batch in measured) for n in measured[0]}
+        count = max(sums.pop("tokens"), 1)
+        return {name: value / count for name, value in sums.items()}
+
+
+def finished(loss: Array, sums: dict[str, Array], aux: Aux) -> tuple[Array, Report, Tree]:
+    """What an objective returns: the layers' own losses, means themselves, count once per
+    weighted target."""
+    for name, value in aux.losses.items():
+        loss += value * sums["tokens"]
+        sums[name] = value * sums["tokens"]
+    return loss, {"sums": sums, "means": aux.metrics}, aux.state
 
 
 def context(batch: Batch, key: Array | None = None) -> Context:
@@ -68,8 +114,10 @@ def further_targets(batch: Batch) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextToken:
+class NextToken(Objective):
     """Mean negative log-likelihood of the weighted targets, z-loss, and the layers' own losses."""
+
+    unit: ClassVar[str] = "nats per token"
 
     z_loss: float = 0.0
     """Coefficient of mean (log Z)^2, which keeps the logits from drifting (PaLM uses 1e-4)."""
@@ -86,14 +134,18 @@ class NextToken:
         if self.chunks < 1:
             raise ValueError(f"objective.chunks: {self.chunks}; need at least 1")
 
-    def __call__(
-        self, model: Decoder, params: Tree, batch: Batch, key: Array | None = None
-    ) -> tuple[Array, dict[str, Any], Tree]:
-        """The loss summed over weighted targets, the sums and means to report, and next states.
+    def check(self, data: Dataset) -> None:
+        if not isinstance(data, Data):
+            raise ValueError(f"objective: NextToken of {type(data).__name__}; need text, Data")
+        if data.length % self.chunks:
+            raise ValueError(
+                f"objective.chunks: {self.chunks}; need a divisor of data.length {data.length}"
+            )
 
-        Sums over parts of a batch add up to that of the whole, so that accumulated gradients are
-        exact; the layers' losses, means themselves, count once per weighted target.
-        """
+    def __call__(
+        self, model: Layer, params: Tree, batch: Batch, key: Array | None = None
+    ) -> tuple[Array, Report, Tree]:
+        assert isinstance(model, Decoder)
         ctx = context(batch, key)
         x, _, aux = model.hidden(params, batch["inputs"], ctx)
         nll, log_z = head_losses(model, params, x, batch["targets"], self.chunks)
@@ -110,7 +162,9 @@ class NextToken:
             report["mtp"] = (weights * nll).sum()
             loss += self.mtp * report["mtp"]
             aux |= further
-        for name, value in aux.losses.items():
-            loss += value * count
-            report[name] = value * count
-        return loss, {"sums": report, "means": aux.metrics}, aux.state
+        return finished(loss, report, aux)
+
+    def measure(self, model: Layer, params: Tree, batch: Batch) -> dict[str, Array]:
+        assert isinstance(model, Decoder)
+        nll, _, _ = token_losses(model, params, batch, chunks=self.chunks)
+        return {"loss": (batch["weights"] * nll).sum(), "tokens": batch["weights"].sum()}

@@ -22,10 +22,11 @@ def check(experiment: Experiment, mesh: js.Mesh) -> None:
                 f"mesh: {' x '.join(names)} splits {declared[path].axes[axis]!r} of {path} into "
                 f"{parts}; need a divisor of {leaf.shape[axis]}"
             )
-    rows = abstract_batch(experiment, mesh)["inputs"]
-    micro = (rows.shape[0] // experiment.accumulate, rows.shape[1])
-    split = _indivisible(jax.ShapeDtypeStruct(micro, rows.dtype, sharding=rows.sharding))
-    if split is not None:
+    for rows in abstract_batch(experiment, mesh).values():
+        micro = (rows.shape[0] // experiment.accumulate, *rows.shape[1:])
+        split = _indivisible(jax.ShapeDtypeStruct(micro, rows.dtype, sharding=rows.sharding))
+        if split is None:
+            continue
         axis, names, parts = split
         if axis == 1:
             raise ValueError(f"data.length: {micro[1]}; need a multiple of {parts} ({names})")
@@ -36,11 +37,12 @@ def check(experiment: Experiment, mesh: js.Mesh) -> None:
         )
 
 
-def batch_part(rows: jax.ShapeDtypeStruct) -> tuple[int, int]:
-    """Which part of a global batch this process provides, and of how many.
+def batch_part(batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[int, int]:
+    """Which part of the rows of a global batch this process provides, and of how many.
 
     Processes that hold the same rows, split only along other axes, provide the same part.
     """
+    rows = next(iter(batch.values()))
     assert rows.sharding is not None
     held: dict[int, set[int]] = {}
     for device, index in rows.sharding.devices_indices_map(rows.shape).items():

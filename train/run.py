@@ -7,15 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from bestiary.layers.base import Tree
 from bestiary.train.checkpoint import EXPERIMENT, restore, saved_steps
 from bestiary.train.clock import Clock
-from bestiary.train.corpus import Corpus
 from bestiary.train.curves import draw
-from bestiary.train.data import load
 from bestiary.train.experiment import (
     Experiment,
     experiments,
@@ -29,11 +25,7 @@ from bestiary.train.mesh import placed
 from bestiary.train.placement import check
 from bestiary.train.runtime import Signals, locked, start
 from bestiary.train.step import State, merge
-from bestiary.train.tokenizer import Tokenizer
 from bestiary.train.tree_json import difference
-from bestiary.zoo.decoder import Decoder
-
-_PROMPT, _SAMPLE = 32, 200  # tokens of the text at the end
 
 
 def run(experiment: Experiment, name: str, *, started: float) -> int:
@@ -76,12 +68,8 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
         check(experiment, mesh)
         if not saved_steps(run_dir):
             given(experiment)  # refuses now what could not be begun from
-        tokenizer, corpus, validation = load(experiment.data)
-        if tokenizer.vocab_size > experiment.model.vocab_size:
-            raise ValueError(
-                f"data.tokenizer: {experiment.data.tokenizer!r} has {tokenizer.vocab_size} tokens; "
-                f"need at most the model's vocab_size {experiment.model.vocab_size}"
-            )
+        data = experiment.data.load()
+        data.check(experiment.model)
         if main:
             _claim(run_dir, experiment, name)
             held.enter_context(locked(run_dir))
@@ -90,16 +78,15 @@ def train(experiment: Experiment, name: str, *, started: float | None = None) ->
         if main and run["step"]:
             what = "is finished" if run["step"] == run["total"] else "goes on"
             print(f"{run_dir} {what} after step {run['step']}", flush=True)
-        batches = evaluation_batches(experiment, validation)
+        batches = evaluation_batches(experiment, data)
         clock = Clock(experiment, started, run.get("seconds", 0.0), run.get("total"), batches)
         loop = Loop(experiment, mesh, run_dir, signals, run, clock)
         with placed(mesh, experiment.mesh.table):
-            state = loop.go(state, corpus, validation)
+            state = loop.go(state, data)
         if main:
-            draw(run_dir)
+            draw(run_dir, experiment.objective.unit)
     if jax.process_count() == 1:
-        text = validation if len(validation) else corpus
-        _sample(run_dir, experiment.model, merge(state["params"], state["frozen"]), tokenizer, text)
+        data.finish(run_dir, experiment.model, merge(state["params"], state["frozen"]))
     return run_dir
 
 
@@ -141,24 +128,3 @@ def _claim(run_dir: Path, experiment: Experiment, name: str) -> None:
         changed = {p: new for p, (_, new) in difference(load_experiment(name), experiment).items()}
         text = json.dumps({"experiment": name, "overrides": changed}, indent=2)
         (run_dir / "overrides.json").write_text(text + "\n")
-
-
-def _sample(
-    run_dir: Path, model: Decoder, params: Tree, tokenizer: Tokenizer, text: Corpus
-) -> None:
-    """Writes samples.txt: the beginning of `text`, continued by the model."""
-    from bestiary.eval.generate import generate, stream_text
-    from bestiary.eval.sampling import Sampling
-
-    prompt = np.asarray(text.tokens[:_PROMPT], np.int32)
-    steps = generate(
-        model,
-        params,
-        prompt[None],
-        sampling=Sampling(),
-        max_new_tokens=_SAMPLE,
-        key=jax.random.key(0),
-        eos=tokenizer.eos,
-    )
-    with (run_dir / "samples.txt").open("w", encoding="utf-8") as file:
-        stream_text(steps, tokenizer, prompt, file)

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import jax.sharding as js
 import optax
 
-from bestiary.layers.base import Array, Param, Tree, advance, is_param, map_params, update
-from bestiary.layers.sharding import pspec
+from bestiary.layers.base import Array, Param, Tree, abstract, advance, is_param, map_params, update
 from bestiary.train.mesh import placed
-from bestiary.train.objective import token_losses
 
 if TYPE_CHECKING:
     from bestiary.train.experiment import Experiment
@@ -81,21 +79,10 @@ def init_state(experiment: "Experiment", mesh: js.Mesh) -> State:
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(experiment.seed))
 
 
-def batch_sharding(experiment: "Experiment", mesh: js.Mesh) -> js.NamedSharding:
-    """Where the rows of a batch [batch, seq] lie."""
-    with placed(mesh, experiment.mesh.table):
-        return js.NamedSharding(mesh, pspec("batch", "seq", mesh=mesh) or js.PartitionSpec())
-
-
 def abstract_batch(experiment: "Experiment", mesh: js.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of one global batch."""
-    shape = (experiment.data.batch_size, experiment.data.length)
-    sharding = batch_sharding(experiment, mesh)
-    dtypes = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in (dtypes | {"weights": jnp.float32}).items()
-    }
+    """Shapes, dtypes and shardings of one global batch."""
+    with placed(mesh, experiment.mesh.table):
+        return abstract(experiment.data.declare(), mesh)
 
 
 def make_step(
@@ -104,10 +91,11 @@ def make_step(
     """The jitted `step(state, batch, total) -> (state, metrics)`; the state is donated.
 
     `total` (int32) is the length of the run in steps, which the schedule needs. Metrics are
-    float32: loss (nats per token), tokens, grad_norm, learning_rate, each layer loss by name and,
-    under "layers", what the layers report; int32: the state's bad and skipped. In mode "skip" a
-    step whose loss or gradient is not finite leaves the parameters as they were; in mode "stop" it
-    ruins them, and a state whose `bad` is not -1 must not be saved.
+    float32: loss and what else the objective sums, per weighted target; tokens (the weight of these
+    targets), grad_norm, learning_rate and, under "layers", what the layers report; int32: the
+    state's bad and skipped. In mode "skip" a step whose loss or gradient is not finite leaves the
+    parameters as they were; in mode "stop" it ruins them, and a state whose `bad` is not -1 must
+    not be saved.
     """
     tx, declared = _transformation(experiment), experiment.declare()
     trained, _ = split(declared, declared)
@@ -141,14 +129,13 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def make_evaluation(experiment: "Experiment", mesh: js.Mesh) -> Callable[[State, dict], Array]:
-    """The jitted `evaluation(state, batch)`: the summed loss of the weighted targets, and their
-    weight, as float32 [2]."""
+def make_evaluation(
+    experiment: "Experiment", mesh: js.Mesh
+) -> Callable[[State, dict], dict[str, Array]]:
+    """The jitted `evaluation(state, batch)`: what the objective measures, on every device."""
 
-    def evaluation(params: Tree, frozen: Tree, batch: dict) -> Array:
-        model, chunks = experiment.model, experiment.objective.chunks
-        nll, _, _ = token_losses(model, merge(params, frozen), batch, chunks=chunks)
-        return jnp.stack([(batch["weights"] * nll).sum(), batch["weights"].sum()])
+    def evaluation(params: Tree, frozen: Tree, batch: dict) -> dict[str, Array]:
+        return experiment.objective.measure(experiment.model, merge(params, frozen), batch)
 
     replicated = js.NamedSharding(mesh, js.PartitionSpec())
     program = jax.jit(evaluation, out_shardings=replicated)

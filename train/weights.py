@@ -10,7 +10,7 @@ import tyro
 
 from bestiary.train.checkpoint import load_run, save_run
 from bestiary.train.data import Data
-from bestiary.train.experiment import Experiment
+from bestiary.train.experiment import Experiment, language_model
 from bestiary.zoo import hf, hf_gemma3n
 
 
@@ -64,13 +64,14 @@ class Export:
 def run_export(options: Export) -> None:
     """Raises ValueError when the run cannot be read or no known family expresses its model."""
     experiment, params = load_run(options.run, options.step)
-    tokenizer = experiment.data.tokenizer
+    model, data = language_model(experiment)
+    tokenizer = data.tokenizer
     hf.write(
         options.out,
-        experiment.model,
+        model,
         params,
         shard_bytes=options.shard_gb * 1e9,
         tokenizer=None if tokenizer == "bytes" else tokenizer,
-        extra={"max_position_embeddings": experiment.data.length},
+        extra={"max_position_embeddings": data.length},
     )
-    print(f"{options.out}: {experiment.model.count().total:,} parameters of {options.run}")
+    print(f"{options.out}: {model.count().total:,} parameters of {options.run}")

@@ -1,6 +1,5 @@
 """The decoder-only language model: embedding, patterned blocks, final norm, head."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,14 +15,13 @@ from bestiary.layers.base import (
     Precision,
     Tree,
     layer,
-    map_params,
-    normal,
     sum_costs,
 )
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.sharding import shard
+from bestiary.zoo.model import Model
 
 STREAM = ("batch", "seq", "embed")
 
@@ -119,7 +117,7 @@ class MTP(Layer):
 
 
 @layer
-class Decoder(Layer):
+class Decoder(Model):
     """Token ids [batch, seq] -> logits float32 [batch, seq, vocab_size].
 
     `head` None ties the output to the embedding. The cache holds, beside the blocks' own, how many
@@ -142,8 +140,7 @@ class Decoder(Layer):
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        blocks = self.blocks.layers if isinstance(self.blocks, Chain) else (self.blocks,)
-        if unlike := [type(x).__name__ for x in blocks if not isinstance(x, Repeat)]:
+        if unlike := [type(x).__name__ for x in self.parts if not isinstance(x, Repeat)]:
             raise ValueError(f"blocks: {unlike[0]}; need a Repeat, or a Chain of nothing else")
 
     @property
@@ -158,22 +155,6 @@ class Decoder(Layer):
             spec["mtp"] = self.mtp
         return spec if self.head is None else spec | {"head": self.head}
 
-    @property
-    def stacks(self) -> tuple[Repeat, ...]:
-        """The stacks of like blocks, first to last."""
-        stacks = self.blocks.layers if isinstance(self.blocks, Chain) else (self.blocks,)
-        return tuple(stack for stack in stacks if isinstance(stack, Repeat))
-
-    def map_stacks(self, f: Callable[[Repeat], Repeat]) -> "Decoder":
-        """The same model with `f` of every stack in its place."""
-        if isinstance(self.blocks, Repeat):
-            return replace(self, blocks=f(self.blocks))
-        return replace(self, blocks=Chain(layers=tuple(map(f, self.stacks))))
-
-    def unrolled(self) -> "Decoder":
-        """The same model without loops over its layers: faster on CPUs, longer to compile."""
-        return self.map_stacks(lambda stack: replace(stack, unroll=stack.n))
-
     def with_mtp(self) -> "Decoder":
         """The same model with an `MTP` of its last block and norm."""
         block = self.stacks[-1].block
@@ -182,38 +163,21 @@ class Decoder(Layer):
             raise ValueError(f"blocks: end in {type(block).__name__}; need a Block to predict by")
         return replace(self, mtp=MTP(block=block, norm=self.norm))
 
-    def declare(self) -> Tree:
-        """As declared by the parts, stored in `precision.params`; non-trained state stays as it
-        is."""
-
-        def stored(p: Param) -> Param:
-            if not p.trainable:
-                return p
-            if self.std is not None and p.inputs is not None:
-                p = replace(p, init=normal(self.std))
-            return replace(p, dtype=jnp.dtype(self.precision.params))
-
-        return map_params(stored, super().declare())
-
     def cost(self, length: int) -> Cost:
         """Of the forward pass, which leaves `mtp` out."""
         spec = self.spec()
         spec.pop("mtp", None)
-        return self._stored(sum_costs(spec, length) + self._tied_head())
+        return self.stored(sum_costs(spec, length) + self._tied_head())
 
     def training_cost(self, length: int) -> Cost:
         """Of the forward pass in training, with the further token's block and head."""
         if self.mtp is None:
             return self.cost(length)
         head = self._tied_head() if self.head is None else self.head.cost(length)
-        return self.cost(length) + self._stored(self.mtp.cost(length) + head)
+        return self.cost(length) + self.stored(self.mtp.cost(length) + head)
 
     def _tied_head(self) -> Cost:
         return self.embedding.head_cost() if self.head is None else Cost()
-
-    def _stored(self, cost: Cost) -> Cost:
-        stored = jnp.dtype(self.precision.params).itemsize / 4  # the parts declare float32
-        return replace(cost, bytes=cost.bytes * stored, active_bytes=cost.active_bytes * stored)
 
     def cache_spec(self, batch: int, length: int, dtype: Any = None) -> Tree:
         dtype = jnp.dtype(self.precision.compute) if dtype is None else dtype

@@ -37,6 +37,7 @@ from bestiary.layers.depth import MixtureOfDepths
 from bestiary.layers.dsa import DSA
 from bestiary.layers.engram import Engram
 from bestiary.layers.feedforward import GLU, MLP, Parallel
+from bestiary.layers.grkan import GRKAN
 from bestiary.layers.learned_activations import Dice, Interpolated, PReLU
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.linear_attention import GatedLinearAttention
@@ -52,6 +53,7 @@ from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.nsa import NSA, LearnedMLP, MeanPool
 from bestiary.layers.perceptron import Perceptron
 from bestiary.layers.performer import Performer
+from bestiary.layers.rational import GroupRational
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
@@ -65,6 +67,7 @@ __all__ = [
     "DEFAULT_RULES",
     "DSA",
     "GLU",
+    "GRKAN",
     "H2O",
     "KIVI",
     "MLA",
@@ -94,6 +97,7 @@ __all__ = [
     "GaussianGLU",
     "Gelu",
     "GeluTanh",
+    "GroupRational",
     "Interpolated",
     "LatentExperts",
     "LatentGLU",

@@ -14,9 +14,10 @@ class Accounting:
     """Figures of a model at one context length; FLOPs count matrix products, two per multiply-add.
 
     Active figures count what a token uses: the kept units of a sparse layer, the keys a query sees
-    (averaged over the sequence). Total figures count what the dense program executes. Bytes are
-    those of parameters in their stored type and of the cache in the compute type. Models of other
-    things than text are accounted for at length 1: a token is what their `unit` says.
+    (averaged over the sequence). Total figures count what the program executes on a whole row, with
+    the blocks of keys of which any query sees something. Bytes are those of parameters in their
+    stored type and of the cache in the compute type. Models of other things than text are accounted
+    for at length 1: a token is what their `unit` says.
     """
 
     length: int
@@ -34,7 +35,8 @@ class Accounting:
     optimizer_bytes: int
     """The optimiser's state, by default AdamW's two moments."""
     decode_bytes_active: float
-    """Active parameters and the whole cache: what generating one token at batch 1 reads."""
+    """Active parameters and active entries of the cache, which are all but where blocks are chosen:
+    what generating one token at batch 1 reads."""
     cache_bytes: int
     """The cache of one sequence of `length` tokens."""
 
@@ -49,7 +51,9 @@ def account(model: Layer, length: int, optimizer: Optimizer | None = None) -> Ac
         raise ValueError(f"length: {length} tokens; need at least 1")
     count, cost, training = model.count(), model.cost(length), model.training_cost(length)
     shorter = model.cost(length - 1).active_flops if length > 1 else 0
-    cache = sum(p.nbytes for p in params_of(model.cache_spec(1, length)))
+    entries = params_of(model.cache_spec(1, length))
+    cache = sum(p.nbytes for p in entries)
+    read = sum(p.nbytes * p.active for p in entries)
     trained, _ = split(model.declare(), model.declare())
     moments = jax.eval_shape((optimizer or Optimizer()).build(trained).init, abstract(trained))
     return Accounting(
@@ -63,6 +67,6 @@ def account(model: Layer, length: int, optimizer: Optimizer | None = None) -> Ac
         # what the last token adds to a sequence
         decode_flops_active=length * cost.active_flops - (length - 1) * shorter,
         optimizer_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moments)),
-        decode_bytes_active=cost.active_bytes + cache,
+        decode_bytes_active=cost.active_bytes + read,
         cache_bytes=cache,
     )

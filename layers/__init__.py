@@ -32,6 +32,7 @@ from bestiary.layers.cache_eviction import H2O, SnapKV
 from bestiary.layers.cache_kivi import KIVI
 from bestiary.layers.causal_conv import CausalConv
 from bestiary.layers.clipped import Clipped
+from bestiary.layers.compression import LearnedMLP, MeanPool
 from bestiary.layers.delta_rule import GatedDeltaNet
 from bestiary.layers.depth import MixtureOfDepths
 from bestiary.layers.dsa import DSA
@@ -50,7 +51,7 @@ from bestiary.layers.moe import MoE
 from bestiary.layers.mohd import Fusion, MoHDFFN, MoHDResidual, SubDimensions
 from bestiary.layers.mole import LatentExperts, LatentGLU
 from bestiary.layers.norms import LayerNorm, RMSNorm
-from bestiary.layers.nsa import NSA, LearnedMLP, MeanPool
+from bestiary.layers.nsa import NSA
 from bestiary.layers.perceptron import Perceptron
 from bestiary.layers.performer import Performer
 from bestiary.layers.rational import GroupRational

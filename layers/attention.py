@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bestiary.kernels.attention import Mask, attention, visible, weights
-from bestiary.kernels.attention.masks import CAUSAL, Window, visible_pairs
+from bestiary.kernels.attention import Mask, attention, live_keys, visible, weights
+from bestiary.kernels.attention.masks import CAUSAL, Window, seen_keys
 from bestiary.kernels.chunks import whole_chunks
 from bestiary.kernels.dispatch import Impl
 from bestiary.layers import cache as kv
@@ -119,21 +119,11 @@ class Attention(Layer):
         return spec
 
     def cost(self, length: int) -> Cost:
-        """Adds q k and the weighted sum of v: executed over all `length` keys, active over those a
-        query of a full sequence sees on average."""
+        """Adds q k and the weighted sum of v: executed over the keys of live blocks, active over
+        those a query of a full sequence sees on average."""
         per_key = 4 * self.num_heads * self.head_dim
-        return super().cost(length) + Cost(per_key * length, per_key * self.mean_keys(length))
-
-    def mean_keys(self, length: int, limit: int | None = None) -> float:
-        """Keys seen by a query (at most `limit`), averaged over the positions of a sequence.
-
-        Exact for causal rows and windows; of other masks see `visible_pairs`, and a limit bounds
-        the average.
-        """
-        if self.mask != CAUSAL:
-            return min(visible_pairs(self.pattern, length) / length, limit or length)
-        window = min(self.window or length, limit or length, length)
-        return window - window * (window - 1) / (2 * length)
+        executed, active = live_keys(self.pattern, length), seen_keys(self.pattern, length)
+        return super().cost(length) + Cost(per_key * executed, per_key * active)
 
     @property
     def cached_heads(self) -> int:
@@ -159,9 +149,16 @@ class Attention(Layer):
             new = kv.tokens(keys, at, ctx.segment_ids)
             queries = {"q": q} | kv.tokens({}, at, ctx.segment_ids)
             received = partial(self.received, params, queries)
-            keys, cache = self.cache.update(cache, new, received, self.window)
+            keys, cache = self.keep(params, cache, new, received)
         y = self.mix(params, q, keys, positions, ctx)
         return project("bsnh,nhd->bsd", y, params, "out"), cache, Aux()
+
+    def keep(
+        self, params: Tree, cache: Tree, new: Tree, received: kv.Received
+    ) -> tuple[Tree, Tree]:
+        """What queries of a call attend to, and the cache behind it; `new` is what it brings."""
+        del params
+        return self.cache.update(cache, new, received, self.window)
 
     def queries(self, params: Tree, x: Array, positions: Array) -> Array:
         """[batch, seq, heads, head], rotated."""

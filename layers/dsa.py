@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from bestiary.kernels import block_attention as blocks
 from bestiary.kernels.attention import visible
+from bestiary.kernels.attention.masks import seen_keys
 from bestiary.kernels.attention.reference import MASKED
 from bestiary.layers.base import (
     Array,
@@ -153,7 +154,7 @@ class DSA(MLA):
         else:
             per_key, keys = 2 * self.num_heads * (self.query_dim + self.value_dim), length
         chosen = length if self.stage == "warmup" else min(self.top_k, length)
-        seen = chosen - chosen * (chosen - 1) / (2 * length)
+        seen = seen_keys(self.mask, length, chosen)
         return Layer.cost(self, length) + Cost(per_key * keys, per_key * seen)
 
     @property
@@ -183,7 +184,7 @@ class DSA(MLA):
             k, v = self.expand(params, latents)
 
         def block(q: Array, index_q: Array, index_w: Array, positions: Array, segments: Any) -> Any:
-            seen = visible(positions, kv_positions, segments, where["kv_segments"])
+            seen = visible(positions, kv_positions, segments, where["kv_segments"], self.mask)
             scores = self.indexer.scores(index_q, index_w, index_k)
             return (self.gathered if gathers else self.masked)(q, k, v, scores, seen)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bestiary.kernels.attention import attention, weights
-from bestiary.kernels.attention.masks import Causal
+from bestiary.kernels.attention import Mask, attention, live_keys, weights
+from bestiary.kernels.attention.masks import CAUSAL, seen_keys
 from bestiary.kernels.dispatch import Impl
 from bestiary.layers import cache as kv
 from bestiary.layers.attention import HEADS, received
@@ -63,6 +63,8 @@ class MLA(Layer):
     """Of the norms on the latents."""
     scale: float | None = None
     """Multiplies q k; None: (nope_dim + rope_dim) ** -0.5."""
+    mask: Mask = CAUSAL
+    """Which keys a query may see by their positions, in either form."""
     cache: kv.CachePolicy = kv.Full()
     """Which latents decoding keeps, and how."""
     impl: Impl = "auto"
@@ -113,10 +115,11 @@ class MLA(Layer):
         return spec
 
     def cost(self, length: int) -> Cost:
-        """Adds q k and the weighted sum of v: executed padded over all `length` keys, active over
-        the half that a query sees on average."""
-        executed = 4 * self.num_heads * self.width * length
-        active = 2 * self.num_heads * (self.query_dim + self.value_dim) * (length + 1) / 2
+        """Adds q k and the weighted sum of v: executed padded over the keys of live blocks, active
+        over those that a query of a full sequence sees on average."""
+        executed = 4 * self.num_heads * self.width * live_keys(self.mask, length)
+        seen = seen_keys(self.mask, length)
+        active = 2 * self.num_heads * (self.query_dim + self.value_dim) * seen
         return super().cost(length) + Cost(executed, active)
 
     @property
@@ -228,7 +231,8 @@ class MLA(Layer):
         def weigh(q: Array, seen: Array) -> Array:
             return weights(self.absorb(params, q), k, seen, scale=self.query_scale)
 
-        return received(weigh, queries, keys, Causal(), last)
+        return received(weigh, queries, keys, self.mask, last)
 
     def attend(self, q: Array, k: Array, v: Array, where: Tree, **specs: Any) -> Array:
-        return attention(q, k, v, scale=self.query_scale, impl=self.impl, **where, **specs)
+        options = {"mask": self.mask, "scale": self.query_scale, "impl": self.impl}
+        return attention(q, k, v, **options, **where, **specs)

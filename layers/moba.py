@@ -4,7 +4,6 @@ Token-mixer role: (params, x, ctx, cache) -> (y, cache, Aux).
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,13 +23,15 @@ from bestiary.kernels.block_attention import (
     find_places,
     multiplied_keys,
 )
+from bestiary.layers import cache as kv
 from bestiary.layers.attention import Attention
-from bestiary.layers.base import Array, Aux, Context, Cost, Tree, layer, positive
+from bestiary.layers.base import Array, Aux, Context, Cost, Layer, Tree, layer, positive
+from bestiary.layers.block_choice import BlockChoice, Newest, places_of, regular_blocks
 from bestiary.layers.cache import need_complete
 
 
 @layer
-class MoBA(Attention):
+class MoBA(BlockChoice):
     """Attention of every query head over `top_k` blocks of `block_size` keys, its own included.
 
     gate = q mean(k in block), of whole blocks before the own one, which always counts; the best
@@ -38,13 +39,16 @@ class MoBA(Attention):
     The gate has no parameters and no gradient. Blocks begin with every document.
 
     The parameters are those of `Attention`, so that a model changes between the two at any time. In
-    a `Repeat` the constant "full_attention" does so by layer: where it is not 0, all keys are seen.
+    a `Repeat` the constant "full_attention" does so by layer: where it is not 0, all keys are seen,
+    and read to decode, which `cache_spec` does not know.
 
     Raises ValueError for sizes below 1, `window`, a `mask`, and a cache that drops keys.
     """
 
-    block_size: int
     top_k: int
+
+    represented = ("k",)
+    representing = jnp.float32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,16 +62,11 @@ class MoBA(Attention):
     def cost(self, length: int) -> Cost:
         """Adds the gates, q k and the weighted sum of v: executed over the keys that blocks are
         multiplied with, active over those of the chosen blocks."""
-        dense, per_key = super().cost(length), 4 * self.num_heads * self.head_dim
-        gates = per_key / 2 * max(length // self.block_size, 1) if self.top_k > 1 else 0
-        others = self.block_size, self.top_k - 1
-        executed = multiplied_keys(length, *others) - length
-        unused = self.mean_keys(length) - attended_keys(length, *others)
-        return replace(
-            dense,
-            flops=dense.flops + per_key * executed + gates,
-            active_flops=dense.active_flops - per_key * unused + gates,
-        )
+        per_key, others = 4 * self.num_heads * self.head_dim, (self.block_size, self.top_k - 1)
+        gates = max(length // self.block_size, 1) / 2 if self.top_k > 1 else 0
+        executed, active = multiplied_keys(length, *others), attended_keys(length, *others)
+        products = Cost(per_key * (executed + gates), per_key * (active + gates))
+        return Layer.cost(self, length) + products
 
     def apply(
         self, params: Tree, x: Array, ctx: Context = Context(), cache: Tree = None
@@ -76,13 +75,21 @@ class MoBA(Attention):
             params = params | {"full_attention": ctx.layer["full_attention"]}
         return super().apply(params, x, ctx, cache)
 
-    def attend(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
+    def mix(self, params: Tree, q: Array, keys: Tree, positions: Array, ctx: Context) -> Array:
         if "full_attention" not in params:
-            return self.attend_to_blocks(params, q, k, v, **where)
-        full, blocks = (partial(f, **where) for f in (super().attend, self.attend_to_blocks))
-        return jax.lax.cond(params["full_attention"] != 0, full, blocks, params, q, k, v)
+            return super().mix(params, q, keys, positions, ctx)
 
-    def attend_to_blocks(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
+        def full(q: Array) -> Array:
+            k, v = (keys[name].astype(q.dtype) for name in ("k", "v"))
+            where = kv.where(keys, positions, ctx.segment_ids)
+            return Attention.attend(self, params, q, k, v, **where)
+
+        def blocks(q: Array) -> Array:
+            return super(MoBA, self).mix(params, q, keys, positions, ctx)
+
+        return jax.lax.cond(params["full_attention"] != 0, full, blocks, q)
+
+    def attend(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
         places = find_places(q.shape[1], **where)
         blocks = choosable_blocks(places, self.block_size)
         return block_attention(
@@ -98,6 +105,36 @@ class MoBA(Attention):
             sinks=params.get("sinks"),
         )
 
+    def entries_read(self, name: str) -> float:
+        """Of every query head the chosen blocks; and the keys of the block that ends."""
+        blocks = self.num_heads // self.num_kv_heads * self.top_k
+        return (blocks + (name in self.represented)) * self.block_size
+
+    def represent(self, params: Tree, name: str, keys: Array) -> Array:
+        return jax.lax.stop_gradient(keys).mean(2, dtype=jnp.float32)
+
+    def decode(self, params: Tree, q: Array, k: Array, v: Array, blocks: Tree, at: Newest) -> Array:
+        choosable = regular_blocks(blocks["position"].shape[1], self.block_size)
+        candidates = earlier(places_of(at), choosable, self.block_size)
+        gates = self.in_order(self.gates(q, blocks["k"]), at)
+        return self.attend_to_chosen(
+            q,
+            k,
+            v,
+            choose(gates, candidates, self.top_k - 1),
+            at,
+            scale=self.query_scale,
+            softcap=self.softcap,
+            sinks=params.get("sinks"),
+        )
+
+    def gates(self, q: Array, means: Array) -> Array:
+        """Float32 [batch, T, heads, C] of queries and the means [batch, C, kv_heads, head]."""
+        q = jax.lax.stop_gradient(q).astype(jnp.float32)
+        q = q.reshape(*q.shape[:2], means.shape[2], -1, q.shape[3])
+        gates = jnp.einsum("btkgd,bckd->btkgc", q, means, precision=jax.lax.Precision.HIGHEST)
+        return gates.reshape(*q.shape[:2], -1, means.shape[1])
+
     def route(self, q: Array, k: Array, places: Places, blocks: Blocks) -> Array:
         """The blocks beside its own of every query: int32 [batch, T, heads, n], -1: none.
 
@@ -106,16 +143,13 @@ class MoBA(Attention):
         count = self.top_k - 1
         if not count:
             return jnp.zeros((*q.shape[:3], 0), jnp.int32)
-        means = jnp.repeat(self.means(k, places, blocks), q.shape[2] // k.shape[2], 2)
+        means = self.means(k, places, blocks)
 
         def some(q: Array, q_document: Array, q_place: Array) -> tuple[Array]:
             here = replace(places, q_document=q_document, q_place=q_place)
-            gates = jnp.einsum(
-                "bthd,bchd->bthc", q.astype(jnp.float32), means, precision=jax.lax.Precision.HIGHEST
-            )
-            return (choose(gates, earlier(here, blocks, self.block_size), count),)
+            candidates = earlier(here, blocks, self.block_size)
+            return (choose(self.gates(q, means), candidates, count),)
 
-        q = jax.lax.stop_gradient(q)
         return by_queries(some, q, places.q_document, places.q_place)[0]
 
     def means(self, k: Array, places: Places, blocks: Blocks) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bestiary.kernels.attention import attention, live_keys
 from bestiary.kernels.attention import weights as attention_weights
-from bestiary.kernels.attention.masks import CAUSAL, Window
+from bestiary.kernels.attention.masks import CAUSAL, Window, seen_keys
 from bestiary.kernels.block_attention import (
     Blocks,
     Places,
@@ -26,7 +26,7 @@ from bestiary.kernels.block_attention import (
     find_places,
     multiplied_keys,
 )
-from bestiary.layers.attention import HEADS, KV_HEADS, Attention
+from bestiary.layers.attention import HEADS, KV_HEADS
 from bestiary.layers.base import (
     Array,
     Aux,
@@ -36,85 +36,21 @@ from bestiary.layers.base import (
     Param,
     Tree,
     layer,
-    normal,
     positive,
     weight,
 )
+from bestiary.layers.block_choice import (
+    BlockChoice,
+    Newest,
+    attend_to_places,
+    places_of,
+    regular_blocks,
+)
 from bestiary.layers.cache import need_complete
+from bestiary.layers.compression import Compression, MeanPool
 from bestiary.layers.sharding import dot, pspec
 
 BRANCHES = ("compressed", "chosen", "near")
-
-
-class Compression(Layer):
-    """Makes one key (or value) of the `length` in a block, which begin at every `stride`-th
-    place."""
-
-    def span(self, block_size: int) -> tuple[int, int]:
-        """(length, stride), given the size of the blocks that are chosen."""
-        raise NotImplementedError
-
-    def compress(self, params: Tree, blocks: Array) -> Array:
-        """[batch, C, length, kv_heads, head] -> [batch, C, kv_heads, head]."""
-        raise NotImplementedError
-
-    def flops(self) -> float:
-        """Matmul FLOPs for one block of one head."""
-        return 0
-
-
-@layer
-class MeanPool(Compression):
-    """The mean of every block that can be chosen, as in fla's code."""
-
-    def span(self, block_size: int) -> tuple[int, int]:
-        return block_size, block_size
-
-    def compress(self, params: Tree, blocks: Array) -> Array:
-        return blocks.mean(2, dtype=jnp.float32).astype(blocks.dtype)
-
-
-@layer
-class LearnedMLP(Compression):
-    """gelu((block + position) W_1) W_2 of overlapping blocks, as in the paper, shared by the heads.
-
-    The activation and the hidden width are this library's choice.
-    """
-
-    head_dim: int
-    hidden: int
-    length: int = 32
-    stride: int = 16
-
-    def __post_init__(self) -> None:
-        positive(head_dim=self.head_dim, hidden=self.hidden, length=self.length, stride=self.stride)
-        if self.length % self.stride:
-            raise ValueError(f"stride: {self.stride} does not divide length {self.length}")
-
-    def spec(self) -> Tree:
-        block = (self.length, self.head_dim)
-        return {
-            "position": Param(block, (None, "head"), normal(0.02)),
-            "up": weight((*block, self.hidden), (None, "head", "mlp"), inputs=2),
-            "down": weight((self.hidden, self.head_dim), ("mlp", "head")),
-        }
-
-    def cost(self, length: int) -> Cost:
-        """The parameters; they meet blocks and heads, not tokens, which `NSA` counts."""
-        return replace(super().cost(length), flops=0, active_flops=0)
-
-    def flops(self) -> float:
-        return 2 * self.hidden * self.head_dim * (self.length + 1)
-
-    def span(self, block_size: int) -> tuple[int, int]:
-        if block_size % self.stride:
-            raise ValueError(f"stride: {self.stride} does not divide block_size {block_size}")
-        return self.length, self.stride
-
-    def compress(self, params: Tree, blocks: Array) -> Array:
-        blocks += params["position"].astype(blocks.dtype)[:, None]
-        hidden = jax.nn.gelu(dot("bclkh,lhf->bckf", blocks, params["up"]))
-        return dot("bckf,fh->bckh", hidden, params["down"])
 
 
 class Branches(NamedTuple):
@@ -129,7 +65,7 @@ class Branches(NamedTuple):
 
 
 @layer
-class NSA(Attention):
+class NSA(BlockChoice):
     """y = g_cmp attn(q, compressed) + g_slc attn(q, chosen) + g_win attn(q, near).
 
     Gates sigmoid(x W) per head. Compressed keys and values are those of the blocks that are
@@ -146,7 +82,6 @@ class NSA(Attention):
     `window`, `sinks`, a `mask`, and a cache that drops keys.
     """
 
-    block_size: int
     num_selected: int
     """Of which are chosen anyway: the own block, initial_blocks and the rest of local_blocks."""
     local_window: int = 512
@@ -183,6 +118,12 @@ class NSA(Attention):
             raise ValueError("sinks: True; NSA takes none")
         need_complete(self.cache, "NSA")
 
+    represented = ("k", "v")
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        return self.compression.span(self.block_size)
+
     @property
     def cached_heads(self) -> int:
         return self.num_kv_heads * (1 if self.shared_kv else len(BRANCHES))
@@ -199,21 +140,20 @@ class NSA(Attention):
         return spec | {"gate": weight(gates, ("embed", "heads", None))}
 
     def cost(self, length: int) -> Cost:
-        """Adds q k and the weighted sum of v of the branches, the compression and the importance:
-        executed over the keys that they are multiplied with, active over those attended to."""
+        """Adds q k and the weighted sum of v of the branches, and the compression: executed over
+        the keys that they are multiplied with, active over those attended to."""
         per_key = 4 * self.num_heads * self.head_dim
         others = self.block_size, self.num_selected - 1
-        span, stride = self.compression.span(self.block_size)
+        span, stride = self.piece
         compressed = max(length // stride, 1)
         complete = sum(max((t - span) // stride + 1, 0) for t in range(1, length + 1)) / length
-        blocks = max(length // self.block_size, 1) if others[1] else 0
         fixed = 2 * self.num_kv_heads * compressed * self.compression.flops() / length
-        fixed += 2 * self.num_kv_heads * compressed * blocks
         executed = compressed + multiplied_keys(length, *others)
         active = complete + attended_keys(length, *others)
         if self.local_window:
-            executed += live_keys(CAUSAL & Window(self.local_window), length)
-            active += self.mean_keys(length, self.local_window)
+            near = CAUSAL & Window(self.local_window)
+            executed += live_keys(near, length)
+            active += seen_keys(near, length)
         matrices = Layer.cost(self, length)
         return matrices + Cost(per_key * executed + fixed, per_key * active + fixed)
 
@@ -224,11 +164,33 @@ class NSA(Attention):
         return super().apply(params | {"gates": jax.nn.sigmoid(gates)}, x, ctx, cache)
 
     def attend(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Array:
-        branches, gates = self.branches(params, q, k, v, **where), params["gates"]
+        return self.gated(params, self.branches(params, q, k, v, **where))
+
+    def decode(self, params: Tree, q: Array, k: Array, v: Array, blocks: Tree, at: Newest) -> Array:
+        (length, stride), scale = self.piece, self.query_scale
+        place = blocks["position"] - at.first[:, None]
+        seen = (place >= 0) & (place + length <= at.place[:, None] + 1)
+        seen &= blocks["segment"] == at.segment[:, None]
+        compressed, weights = self.over_pieces(q, blocks["k"], blocks["v"], seen[:, None], scale)
+        selectable = regular_blocks(max(k.shape[1] // self.block_size, 1), self.block_size)
+        overlap = self.overlap(regular_blocks(place.shape[1], stride), selectable)
+        choice = self.choice(self.in_order(weights, at), overlap, places_of(at), selectable)
+        options = {"scale": scale, "softcap": self.softcap}
+        chosen = self.attend_to_chosen(q, k, v, choice, at, part=self.part(1), **options)
+        near = None
+        if self.local_window:
+            place = at.place[:, None, None] - jnp.arange(self.local_window)
+            place = jnp.broadcast_to(place, (place.shape[0], self.num_kv_heads, place.shape[2]))
+            near = attend_to_places(q, k, v, place, at, part=self.part(2), **options)
+        return self.gated(params, Branches(compressed, chosen, near, selectable, choice))
+
+    def gated(self, params: Tree, branches: Branches) -> Array:
+        """The sum of the branches: [batch, T, heads, head]."""
+        gates = params["gates"]
         y = gates[..., :1] * branches.compressed + gates[..., 1:2] * branches.chosen
         if branches.near is not None:
             y += gates[..., 2:] * branches.near
-        return y.astype(v.dtype)
+        return y.astype(branches.chosen.dtype)
 
     def branches(self, params: Tree, q: Array, k: Array, v: Array, **where: Any) -> Branches:
         """Of queries [batch, T, heads, head] over k and v [batch, S, cached_heads, head]."""
@@ -264,12 +226,20 @@ class NSA(Attention):
             )
         return Branches(compressed, chosen, near, blocks, choice)
 
+    def part(self, branch: int) -> tuple[int, int]:
+        """Which of the cached heads of every key head is that of a branch."""
+        return (0, 1) if self.shared_kv else (branch, len(BRANCHES))
+
     def by_branch(self, x: Array) -> tuple[Array, ...]:
-        """The keys or values [batch, S, kv_heads, head] of every branch."""
+        """The keys or values [..., kv_heads, head] of every branch."""
         if self.shared_kv:
             return (x,) * len(BRANCHES)
-        x = x.reshape(*x.shape[:2], -1, len(BRANCHES), x.shape[3])
-        return tuple(x[:, :, :, i] for i in range(len(BRANCHES)))
+        x = x.reshape(*x.shape[:-2], -1, len(BRANCHES), x.shape[-1])
+        return tuple(x[..., i, :] for i in range(len(BRANCHES)))
+
+    def represent(self, params: Tree, name: str, keys: Array) -> Array:
+        compress = {"k": "compress_key", "v": "compress_value"}[name]
+        return self.compression.compress(params[compress], self.by_branch(keys)[0])
 
     def compressed(
         self,
@@ -282,7 +252,7 @@ class NSA(Attention):
         scale: float,
     ) -> tuple[Array, Array]:
         """The compressed branch, and the choice that its weights make."""
-        span, stride = self.compression.span(self.block_size)
+        span, stride = self.piece
         pieces = complete_blocks(places, span, stride)
         members = block_keys(places, pieces, span)
         members = jnp.broadcast_to(members, (k.shape[0], *members.shape[1:]))
@@ -298,36 +268,60 @@ class NSA(Attention):
             here = replace(places, q_document=document, q_place=place)
             seen = document[:, :, None] == pieces.document[:, None]
             seen &= pieces.place[:, None] + span - 1 <= place[:, :, None]
-            weights = attention_weights(q, k, seen, scale=scale, softcap=self.softcap)
-            weights = jnp.where(seen[:, None, None], weights, 0)  # where nothing is complete, 0
-            out = jnp.einsum("bkgtc,bckh->btkgh", weights.astype(v.dtype), v)
-            return out.reshape(q.shape), self.choice(weights.sum(2), overlap, here, blocks)
+            out, weights = self.over_pieces(q, k, v, seen, scale)
+            return out, self.choice(weights, overlap, here, blocks)
 
         return by_queries(some, q, places.q_document, places.q_place)
 
-    def overlap(self, pieces: Blocks, blocks: Blocks) -> Array:
-        """How many strides a compressed key shares with a block: float32 [batch or 1, C, C']."""
-        span, stride = self.compression.span(self.block_size)
-        first = blocks.place // self.block_size * self.block_size
-        last = jnp.minimum(pieces.place[:, :, None] + span, first[:, None] + self.block_size)
-        shared = last - jnp.maximum(pieces.place[:, :, None], first[:, None])
-        same = pieces.document[:, :, None] == blocks.document[:, None]
-        return jnp.where(same, jnp.maximum(shared, 0) / stride, 0)
+    def over_pieces(
+        self, q: Array, k: Array, v: Array, seen: Array, scale: float
+    ) -> tuple[Array, Array]:
+        """Queries over the compressed keys that are seen [batch, T, C]: as q, and the weights of
+        all heads that choose alike [batch, kv_heads, T, C]."""
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        weights = attention_weights(q, k, seen, scale=scale, softcap=self.softcap)
+        weights = jnp.where(seen[:, None, None], weights, 0)  # where nothing is complete, 0
+        out = jnp.einsum("bkgtc,bckh->btkgh", weights.astype(v.dtype), v)
+        return out.reshape(q.shape), weights.sum(2)
 
-    def choice(self, weights: Array, overlap: Array, places: Places, blocks: Blocks) -> Array:
+    def overlap(self, pieces: Blocks, blocks: Blocks) -> tuple[Array, Array]:
+        """Which compressed keys a block may overlap, and how many strides each shares with it:
+        int32 and float32 [batch or 1, C', n]. Those that do lie together in the list."""
+        span, stride = self.piece
+        before, number = span // stride - 1, pieces.start.shape[1]
+        next_ = jax.vmap(jnp.searchsorted)(pieces.start, blocks.start)[..., None]
+        index = next_ + jnp.arange(-before, self.block_size // stride)
+        inside = (index >= 0) & (index < number)
+        index = jnp.clip(index, 0, number - 1)
+        document, place = (jax.vmap(lambda x, i: x[i])(x, index) for x in pieces[1:])
+        first = (blocks.place // self.block_size * self.block_size)[..., None]
+        shared = jnp.minimum(place + span, first + self.block_size) - jnp.maximum(place, first)
+        inside &= document == blocks.document[..., None]
+        return index, jnp.where(inside, jnp.maximum(shared, 0) / stride, 0)
+
+    def choice(
+        self, weights: Array, overlap: tuple[Array, Array], places: Places, blocks: Blocks
+    ) -> Array:
         """int32 [batch, T, kv_heads, n] by the weights [batch, kv_heads, T, C] of compressed
         keys."""
         count = self.num_selected - 1
         batch, kv_heads, length, _ = weights.shape
         if not count:
             return jnp.zeros((batch, length, kv_heads, 0), jnp.int32)
-        weights = jax.lax.stop_gradient(weights)
-        overlap = jnp.broadcast_to(overlap, (batch, *overlap.shape[1:]))
-        importance = jnp.einsum(
-            "bktc,bcj->btkj", weights, overlap, precision=jax.lax.Precision.HIGHEST
+        rows = jax.lax.stop_gradient(weights).transpose(0, 3, 1, 2)
+        index, share = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in overlap)
+        importance = sum(
+            jax.vmap(lambda x, i: x[i])(rows, index[..., n]) * share[..., n, None, None]
+            for n in range(index.shape[2])
         )
+        importance = jnp.transpose(importance, (0, 3, 2, 1))
         number = blocks.place[:, None] // self.block_size
         own = places.q_place[:, :, None] // self.block_size
         forced = (number < self.initial_blocks) | (number > own - self.local_blocks)
         importance = jnp.where(forced[:, :, None], jnp.inf, importance)
         return choose(importance, earlier(places, blocks, self.block_size), count)
+
+    def entries_read(self, name: str) -> float:
+        """The chosen blocks and the window, each of its branch, and what is compressed."""
+        by_branch = self.num_selected * self.block_size + self.local_window
+        return by_branch / (1 if self.shared_kv else len(BRANCHES)) + self.piece[0]

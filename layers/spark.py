@@ -4,7 +4,6 @@ Part of each projection predicts which entries matter; a mean and a standard dev
 give the threshold that keeps about k of them (statistical top-k).
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.kernels.attention import visible
+from bestiary.kernels.attention.masks import seen_keys
 from bestiary.kernels.dispatch import Impl
 from bestiary.kernels.stat_topk_glu import normal_quantile, stat_topk_glu
 from bestiary.layers.attention import Attention
@@ -169,10 +169,12 @@ class SparkAttention(Attention):
 
     def cost(self, length: int) -> Cost:
         """Every seen key is scored by the predictor; only the kept ones need s2 and the values."""
-        dense = super().cost(length)
-        rest = 2 * self.head_dim - self.predictor_dim
-        unused = max(self.mean_keys(length) - self.mean_keys(length, self.top_k), 0)
-        return replace(dense, active_flops=dense.active_flops - 2 * self.num_heads * rest * unused)
+        rest, pattern = 2 * self.head_dim - self.predictor_dim, self.pattern
+        seen, kept = seen_keys(pattern, length), seen_keys(pattern, length, self.top_k)
+        executed = (self.predictor_dim + rest) * length
+        active = self.predictor_dim * seen + rest * kept
+        heads = 2 * self.num_heads
+        return Layer.cost(self, length) + Cost(heads * executed, heads * active)
 
     def rotate(self, x: Array, positions: Array) -> Array:
         r = self.predictor_dim

@@ -6,7 +6,7 @@ import pytest
 
 from bestiary.eval.accounting import account
 from bestiary.eval.show import figures_table
-from bestiary.layers import Attention
+from bestiary.layers import Attention, MoBA
 from bestiary.train.optimizer import Optimizer
 from bestiary.zoo.llama import llama, swiglu
 from bestiary.zoo.mixtures import olmoe, olmoe_ffn
@@ -53,6 +53,19 @@ def test_a_mixture_costs_what_a_token_uses() -> None:
     assert b.forward_flops_active == a.forward_flops_active + router
     experts = 2 * 3 * DIM * 8 * 60
     assert b.params_total == a.params_total + experts + router / 2
+
+
+def test_of_a_cache_the_chosen_blocks_are_read() -> None:
+    """What grows with the length is where keys stand, and the mean key of every block."""
+    heads = {"num_heads": HEADS, "num_kv_heads": 2, "head_dim": HEAD_DIM}
+    moba = MoBA(dim=DIM, **heads, block_size=4, top_k=2)
+    model = llama(vocab_size=VOCAB, num_layers=LAYERS, attention=moba, ffn=swiglu(DIM, HIDDEN))
+    short, long = account(model, 100), account(model, 200)
+    index, means = 8 * 100, (4 * 2 * HEAD_DIM + 8) * 25
+    added = long.decode_bytes_active - short.decode_bytes_active
+    assert added == pytest.approx(LAYERS * (index + means))
+    keys = LAYERS * 100 * 2 * 2 * HEAD_DIM * 4
+    assert long.cache_bytes - short.cache_bytes == pytest.approx(added + keys)
 
 
 def test_the_documentation_shows_every_model() -> None:

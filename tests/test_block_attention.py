@@ -1,9 +1,9 @@
 """Attention over chosen blocks: places, choices, the linear path, and what NSA and MoBA share."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.extend import core
 
 from bestiary.eval.hlo import jaxpr_flops
 from bestiary.kernels.block_attention import (
@@ -315,6 +316,36 @@ def test_decoding_equals_the_full_forward(name: str, policy: CachePolicy) -> Non
     for row, positions in enumerate(POSITIONS):
         real = positions >= 0
         close(steps[row, real], full[row, positions[real]])
+
+
+@every_mixer
+def test_a_decoded_token_reads_what_the_cache_declares(name: str) -> None:
+    """Keys and values are gathered, as many as are active, and met by nothing else."""
+    layer, slots = MIXERS[name], 200
+    cache = jax.eval_shape(partial(layer.init_cache, 1, slots))
+    x = jax.ShapeDtypeStruct((1, 1, DIM), jnp.float32)
+    position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def step(params: Any, cache: Any, x: Any, position: Any) -> Any:
+        return layer.apply(params, x, Context(positions=position), cache)[:2]
+
+    traced = jax.make_jaxpr(step)(layer.abstract(), cache, x, position)
+    whole, read = cache["k"].size, 0
+    for eqn in equations(traced.jaxpr):
+        if any(v.aval.size >= whole for v in eqn.invars):
+            assert eqn.primitive.name in ("gather", "scatter", "reshape", "jit", "pjit")
+            read += eqn.outvars[0].aval.size * (eqn.primitive.name == "gather")
+    declared = layer.cache_spec(1, slots)
+    assert read == pytest.approx(sum(whole * declared[n].active for n in ("k", "v")))
+    assert read < whole
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in eqn.params.values():
+            if isinstance(inner, core.ClosedJaxpr):
+                yield from equations(inner.jaxpr)
 
 
 @mixers_with_options

@@ -1,6 +1,5 @@
 """Static masks and the blocked path: intervals equal brute force, blocks equal dense attention."""
 
-import dataclasses
 import re
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bestiary.eval.hlo import jaxpr_flops
 from bestiary.kernels.attention import api, attention, blocked
 from bestiary.kernels.attention.masks import (
     CAUSAL,
@@ -27,6 +27,8 @@ from bestiary.kernels.attention.masks import (
     causal_big_bird,
     live_blocks,
     longformer,
+    num_live,
+    seen_keys,
     streaming,
     visible_pairs,
 )
@@ -97,6 +99,9 @@ def test_a_combination_never_loses_what_is_visible(mask, seed):
     (some, all_), (truly_some, truly_all) = mask.some_all(at), brute_force(mask, at)
     assert (some | ~truly_some).all() and (truly_all | ~all_).all()
     assert visible_pairs(mask, LENGTH) == dense(mask).sum()
+    for block in (16, 10):
+        live = live_blocks(mask, LENGTH, LENGTH, block)
+        assert num_live(mask, LENGTH, block) == sum(map(len, live))
     traced = jax.jit(lambda q, kv: mask(q, kv))(jnp.arange(LENGTH)[:, None], jnp.arange(LENGTH))
     np.testing.assert_array_equal(traced, dense(mask))
 
@@ -264,9 +269,13 @@ def test_a_layer_decodes_by_its_mask():
         y, cache, _ = apply(params, x[:, first:last], Context(positions=at), cache)
         parts.append(y)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
-    assert layer.mean_keys(19) == dense(layer.pattern, 19).sum() / 19
-    windowed = dataclasses.replace(layer, window=3)
-    assert windowed.mean_keys(19) == dense(CAUSAL & Window(3), 19).sum() / 19
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL & Window(3), streaming(5, sinks=2)])
+def test_how_many_keys_a_query_sees(mask):
+    seen = dense(mask, 19).sum(1)
+    assert seen_keys(mask, 19) == seen.mean()
+    assert seen_keys(mask, 19, 2) == np.minimum(seen, 2).mean() or mask == streaming(5, sinks=2)
 
 
 # --- programs at real lengths ---------------------------------------------------------------------
@@ -275,6 +284,15 @@ def test_a_layer_decodes_by_its_mask():
 @pytest.fixture
 def real_blocks(monkeypatch):
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL & Window(100), causal_big_bird(16)])
+@pytest.mark.parametrize("length", [200, 1500])
+def test_the_cost_of_a_layer_counts_live_blocks(real_blocks, mask, length):
+    layer = Attention(dim=12, num_heads=2, num_kv_heads=1, head_dim=6, mask=mask)
+    x = jax.ShapeDtypeStruct((1, length, 12), jnp.float32)
+    traced = jax.jit(layer.apply).trace(layer.abstract(), x).jaxpr
+    assert layer.cost(length).flops * length == pytest.approx(jaxpr_flops(traced, "cpu"))
 
 
 def lowered(length, mask):

@@ -1,5 +1,6 @@
 """Multi-head latent attention: parity with DeepSeek-V3, absorbed decoding, packing, costs."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 from arrays import close, draw
 
+from bestiary.kernels.attention.masks import CAUSAL, Window, streaming
 from bestiary.layers import (
     DEFAULT_RULES,
     GLU,
     MLA,
+    CachePolicy,
     Chain,
     Context,
     Embedding,
+    Full,
     Layer,
     Linear,
     MoE,
@@ -24,6 +28,7 @@ from bestiary.layers import (
     Rope,
     Router,
     Silu,
+    SinksWindow,
     use_rules,
 )
 from bestiary.layers.base import flatten
@@ -37,6 +42,7 @@ OPTIONS = {
     "narrow": MLA(**SIZES, kv_rank=3, q_rank=9),
     "direct_query": MLA(**SIZES, kv_rank=5, scale=0.3, rope=Rope(theta=300.0)),
     "bias": MLA(**SIZES, kv_rank=5, q_rank=9, bias=True),
+    "window": MLA(**SIZES, kv_rank=5, mask=CAUSAL & Window(3)),
     "values_wider": MLA(**SIZES | {"value_dim": 13}, kv_rank=5),
 }
 every_option = pytest.mark.parametrize("name", OPTIONS)
@@ -74,7 +80,8 @@ def oracle(layer: MLA, params: Any, x: np.ndarray, segments: np.ndarray) -> np.n
     v = np.einsum("bsr,rnh->bsnh", c, params["value"])
     y = np.zeros_like(v)
     for b, h, t in np.ndindex(y.shape[0], layer.num_heads, y.shape[1]):
-        keys = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        keys = [s for s in seen if layer.mask(np.int32(t), np.int32(s))]
         scores = [
             q[b, t, h, :nope] @ k[b, s, h] + turn(q[b, t, h, nope:], t) @ turn(key[b, s], s)
             for s in keys
@@ -140,6 +147,20 @@ def test_both_forms_are_one_function_and_the_cheaper_one_is_taken() -> None:
     )
     assert published.absorbs(1, 4096) and published.absorbs(64, 4096)
     assert not published.absorbs(512, 4096) and not published.absorbs(4096, 4096)
+
+
+@pytest.mark.parametrize("kv_rank", [3, 96])
+@pytest.mark.parametrize("cache", [Full(), SinksWindow(sinks=2, window=4)])
+def test_decodes_by_its_mask(kv_rank: int, cache: CachePolicy) -> None:
+    """First tokens and a window, which a policy may keep alone; both forms serve."""
+    layer = MLA(**SIZES, kv_rank=kv_rank, mask=streaming(4, sinks=2), cache=cache)
+    params, state, outputs = draw(layer), layer.init_cache(BATCH, LENGTH), []
+    apply = jax.jit(layer.apply)
+    for a, b in itertools.pairwise((0, 7, 9, *range(10, LENGTH + 1))):
+        at = jnp.broadcast_to(jnp.arange(a, b), (BATCH, b - a))
+        y, state, _ = apply(params, X[:, a:b], Context(positions=at), state)
+        outputs.append(y)
+    close(jnp.concatenate(outputs, 1), oracle(layer, params, X, np.ones_like(SEGMENTS)))
 
 
 def test_every_parameter_learns_through_scan_and_remat() -> None:

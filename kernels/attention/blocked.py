@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bestiary.kernels.attention.masks import Full, Mask, live_blocks
+from bestiary.kernels.attention.masks import Full, Mask, live_blocks, num_live
 from bestiary.kernels.attention.reference import MASKED
 from bestiary.kernels.dispatch import vary_alike
 
@@ -78,8 +78,8 @@ def attention(
 
 def live_keys(mask: Mask, length: int) -> float:
     """Keys that a query of a whole row is multiplied with, averaged over the row."""
-    block = _block(mask, length, length)
-    return sum(map(len, live_blocks(mask, length, length, block))) * block**2 / length
+    block = min(BLOCKS, key=lambda block: BLOCKS[block] * block**2 * num_live(mask, length, block))
+    return num_live(mask, length, block) * block**2 / length
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

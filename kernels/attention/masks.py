@@ -318,6 +318,19 @@ def alternating(layer: int, window: int, every: int = 2) -> Mask:
     return Causal() if layer % every == every - 1 else Causal() & Window(window)
 
 
+def seen_keys(mask: Mask, length: int, limit: int | None = None) -> float:
+    """Keys that a query sees (at most `limit`), averaged over the positions of a whole row.
+
+    Exact for causal rows and windows; of other masks see `visible_pairs`, and a limit bounds the
+    average.
+    """
+    window = causal_window(mask, length)
+    if window is None:
+        return min(visible_pairs(mask, length) / length, limit or length)
+    window = min(window, limit or length)
+    return window - window * (window - 1) / (2 * length)
+
+
 def causal_window(mask: Mask, length: int) -> int | None:
     """How many keys of `length` a mask shows that is causal or a causal window; of others None."""
     match mask:
@@ -342,26 +355,19 @@ def live_blocks(mask: Mask, length: int, keys: int, block: int) -> tuple[np.ndar
 
 
 @cache
+def num_live(mask: Mask, length: int, block: int) -> int:
+    """How many pairs `live_blocks` has of a whole row, which may be too long to list them."""
+    whole, q, _ = _rectangles(mask, length, block)
+    return int((-(-whole // block)).prod(1).sum()) + len(q)
+
+
+@cache
 def visible_pairs(mask: Mask, length: int, sampled: int = 4096) -> float:
     """How many of the `length` x `length` pairs are visible: exact, unless there are more than
     `sampled` rectangles of 64 x 64 that are partly visible, of which then as many, evenly spread,
     stand for all."""
-    size = 1 << max(length - 1, 63).bit_length()
-    q = kv = np.zeros(1, int)
-    total = 0
-    while True:
-        last = np.minimum(q + size, length) - 1, np.minimum(kv + size, length) - 1
-        at = Rectangles(q, last[0], kv, last[1])
-        some, all_ = mask.some_all(at)
-        total += int(((last[0] - q + 1) * (last[1] - kv + 1))[all_].sum())
-        q, kv = q[some & ~all_], kv[some & ~all_]
-        if size == 64:
-            break
-        size //= 2
-        quarter = np.array([0, 0, size, size]), np.array([0, size, 0, size])
-        q, kv = ((x[:, None] + d).ravel() for x, d in zip((q, kv), quarter, strict=True))
-        inside = (q < length) & (kv < length)
-        q, kv = q[inside], kv[inside]
+    whole, q, kv = _rectangles(mask, length, 64)
+    total = int(whole.prod(1).sum())
     number = len(q)
     if number > sampled:
         chosen = np.linspace(0, number - 1, sampled).astype(int)
@@ -373,6 +379,27 @@ def visible_pairs(mask: Mask, length: int, sampled: int = 4096) -> float:
         rows, columns = rows[rows < length], columns[columns < length]
         seen += int(mask(rows[:, None], columns[None]).sum())
     return total + seen * (number / max(len(q), 1))
+
+
+def _rectangles(mask: Mask, length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a whole row, heights and widths [n, 2] of rectangles that are visible, and the corners of
+    the squares of `size` that partly are; together they hold all visible pairs."""
+    end, found = size, []
+    while size < length:
+        size *= 2
+    q = kv = np.zeros(1, int)
+    while True:
+        last = np.minimum(q + size, length) - 1, np.minimum(kv + size, length) - 1
+        some, all_ = mask.some_all(Rectangles(q, last[0], kv, last[1]))
+        found.append(np.stack((last[0] - q + 1, last[1] - kv + 1), 1)[all_])
+        q, kv = q[some & ~all_], kv[some & ~all_]
+        if size == end:
+            return np.concatenate(found), q, kv
+        size //= 2
+        quarter = np.array([0, 0, size, size]), np.array([0, size, 0, size])
+        q, kv = ((x[:, None] + d).ravel() for x, d in zip((q, kv), quarter, strict=True))
+        inside = (q < length) & (kv < length)
+        q, kv = q[inside], kv[inside]
 
 
 def _scrambled(x: Positions, seed: int) -> Any:

@@ -237,4 +237,4 @@ def check_centres(num: int, low: float, high: float) -> None:
     if num < 2:
         raise ValueError(f"num_centres: {num}; need at least 2")
     if not low < high:
-        raise ValueError(f"low: {low}; need less than {high=}")
+        raise ValueError(f"low: {low}; need less than high, {high}")

@@ -19,7 +19,8 @@ UNROLLED = 32  # more functions are traced as one array: a little more memory, f
 
 @layer
 class Basis(Layer):
-    """`size` functions of each input: [..., inputs] -> [..., size, inputs], in the type of x.
+    """`size` functions of each input: `expand` makes [..., size, inputs] of [..., inputs], in the
+    type of x.
 
     A basis knows neither how many inputs there are nor how they are summed; what holds it (`KAN`)
     says so in `spec`. Functions are computed in float32 and stand before the inputs, which
@@ -63,16 +64,16 @@ class Basis(Layer):
         """`functions` wherever the argument lies."""
         return self.functions(params, z)
 
-    def apply(self, params: Tree, x: Array) -> Array:
+    def expand(self, params: Tree, x: Array) -> Array:
         return self.values(params, self.argument(params, x)).astype(x.dtype)
 
     def contract(self, params: Tree, x: Array, weight: Any) -> Array:
         """sum_s,i weight[s, i, o] f_s(x_i): [..., inputs] -> [..., outputs], as one product."""
-        return dot("...si,sio->...o", self.apply(params, x), weight)
+        return dot("...si,sio->...o", self.expand(params, x), weight)
 
     def edges(self, params: Tree, x: Array, weight: Any) -> Array:
         """The terms of that sum by edge: [..., inputs] -> [..., outputs, inputs]."""
-        return dot("...si,sio->...oi", self.apply(params, x), weight)
+        return dot("...si,sio->...oi", self.expand(params, x), weight)
 
 
 @layer

@@ -18,8 +18,8 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 @layer
 class KANConv(Layer):
-    """A KAN over the kernel x kernel places around each place: [batch, height, width, inputs] ->
-    [batch, height', width', outputs].
+    """A KAN over the kernel x kernel places around each place: [..., height, width, inputs] ->
+    [..., height', width', outputs].
 
     Functions are computed once for the image and then convolved, so that the parameters of the
     basis belong to channels. The image is padded by zeros before the functions, which count there
@@ -61,10 +61,10 @@ class KANConv(Layer):
         return spec
 
     def apply(self, params: Tree, x: Array) -> Array:
-        x = pad(x, self.padding)
+        leading, x = x.shape[:-3], pad(x, self.padding)
 
         def convolve(x: Array, w: Array) -> Array:
-            """w [kernel, kernel, ..., outputs], x with as many trailing axes, as one."""
+            """Over the axes behind height and width, w [kernel, kernel, ..., outputs]."""
             x = x.reshape(*x.shape[:3], -1)
             w = w.reshape(*w.shape[:2], -1, w.shape[-1]).astype(x.dtype)
             strides = (self.stride, self.stride)
@@ -72,11 +72,12 @@ class KANConv(Layer):
 
         @jax.checkpoint
         def curves(params: Tree, x: Array) -> Array:
-            return convolve(self.basis.apply(params["basis"], x), params["weight"])
+            return convolve(self.basis.expand(params["basis"], x), params["weight"])
 
         y = curves(params, x)
         if self.base is not None:
             y += convolve(self.base.apply(params["activation"], x), params["base"])
+        y = y.reshape(*leading, *y.shape[1:])
         return y + params["bias"].astype(y.dtype) if self.bias else y
 
 
@@ -118,9 +119,9 @@ class KANPatches(Layer):
         patches = jax.lax.conv_general_dilated_patches(
             pad(x, self.padding), window, strides, "VALID", dimension_numbers=LAYOUT
         )
-        return self.kan.apply(params, patches)
+        return self.kan.apply(params, patches.reshape(*x.shape[:-3], *patches.shape[1:]))
 
 
 def pad(x: Array, by: int) -> Array:
-    """Zeros around an image [batch, height, width, channels]."""
-    return jnp.pad(x, ((0, 0), (by, by), (by, by), (0, 0)))
+    """Zeros around images [..., height, width, channels]: [batch, height', width', channels]."""
+    return jnp.pad(x.reshape(-1, *x.shape[-3:]), ((0, 0), (by, by), (by, by), (0, 0)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers.base import Array, Initializer, Param, Tree, layer, positive
-from bestiary.layers.kan_basis import EdgeAxes, GridBasis, centres, stack
+from bestiary.layers.kan_basis import UNROLLED, EdgeAxes, GridBasis, centres, stack
 
 
 @layer
@@ -37,7 +37,7 @@ class BSpline(GridBasis):
         if self.order < 0:
             raise ValueError(f"order: {self.order}; need at least 0")
         if not self.low < self.high:
-            raise ValueError(f"low: {self.low}; need less than {self.high=}")
+            raise ValueError(f"low: {self.low}; need less than high, {self.high}")
 
     @property
     def size(self) -> int:
@@ -84,10 +84,12 @@ class BSpline(GridBasis):
     def functions(self, params: Tree, z: Array) -> Array:
         if not self.adaptive:
             return self.equal_steps(z)
-        knots = params["knots"].astype(jnp.float32)
+        knots = jax.lax.stop_gradient(params["knots"]).astype(jnp.float32)
+        if self.size <= UNROLLED:
+            return jnp.stack(b_splines(z, list(knots), self.order), -2)
 
         def one(j: Any) -> Array:
-            return b_spline(z, [knots[j + m] for m in range(self.order + 2)])
+            return b_splines(z, [knots[j + m] for m in range(self.order + 2)], self.order)[0]
 
         return stack(one, self.size)
 
@@ -108,19 +110,19 @@ def cardinal(v: Array, order: int) -> Array:
     return total / math.factorial(order)
 
 
-def b_spline(z: Array, knots: list[Array]) -> Array:
-    """The B-spline of order len(knots) - 2 between `knots`, by the recursion of Cox and de Boor; a
+def b_splines(z: Array, knots: list[Array], order: int) -> list[Array]:
+    """The len(knots) - order - 1 B-splines between `knots`, by the recursion of Cox and de Boor; a
     term without support is 0."""
     reached = [(z >= t).astype(z.dtype) for t in knots]
     values = [a - b for a, b in zip(reached[:-1], reached[1:], strict=True)]
-    for p in range(1, len(knots) - 1):
+    for p in range(1, order + 1):
         slopes = [reciprocal(knots[j + p] - knots[j]) for j in range(len(knots) - p)]
         values = [
             (z - knots[j]) * slopes[j] * values[j]
             + (knots[j + p + 1] - z) * slopes[j + 1] * values[j + 1]
             for j in range(len(values) - 1)
         ]
-    return values[0]
+    return values
 
 
 def reciprocal(width: Array) -> Array:

@@ -60,7 +60,7 @@ class Wavelet(Basis):
             psi *= jnp.hamming(x.shape[-1])[:, None].astype(jnp.float32)
         return psi * weight[0].astype(jnp.float32)
 
-    def apply(self, params: Tree, x: Array) -> Array:
+    def expand(self, params: Tree, x: Array) -> Array:
         raise NotImplementedError("a wavelet's functions differ by edge; use contract or edges")
 
     def contract(self, params: Tree, x: Array, weight: Any) -> Array:

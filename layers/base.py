@@ -184,11 +184,13 @@ class Context:
 @dataclass(frozen=True)
 class Aux:
     """What a layer says beside its output: named losses (summed over layers), metrics (kept per
-    layer), and the next values of non-trained state (nested like the parameters)."""
+    layer), the next values of non-trained state (nested like the parameters), and what the next
+    layer is to find in `Context.shared` (by name; see `rows.Table`)."""
 
     losses: dict[str, Array] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def join(**children: "Aux") -> "Aux":
@@ -199,12 +201,14 @@ class Aux:
                 losses[name] = losses[name] + value if name in losses else value
         metrics = {name: aux.metrics for name, aux in children.items() if aux.metrics}
         state = {name: aux.state for name, aux in children.items() if aux.state}
-        return Aux(losses, metrics, state)
+        shared = {name: x for aux in children.values() for name, x in aux.shared.items()}
+        return Aux(losses, metrics, state, shared)
 
     def __or__(self, other: "Aux") -> "Aux":
         """Of two parts of one layer whose metrics and states have names of their own."""
-        losses = Aux.join(a=self, b=other).losses
-        return Aux(losses, self.metrics | other.metrics, self.state | other.state)
+        both = Aux.join(a=self, b=other)
+        metrics, state = self.metrics | other.metrics, self.state | other.state
+        return replace(both, metrics=metrics, state=state)
 
 
 @dataclass(frozen=True, kw_only=True)

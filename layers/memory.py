@@ -29,7 +29,7 @@ from bestiary.layers.base import (
     weight,
 )
 from bestiary.layers.linear import project
-from bestiary.layers.rows import dot_rows, sum_rows
+from bestiary.layers.rows import Table, dot_rows, lend, sum_rows
 from bestiary.layers.sharding import dot
 
 
@@ -69,6 +69,9 @@ def uniform(bound: float) -> Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+Tables = dict[str, Table]
+
+
 @layer
 class MemoryTable(Layer):
     """A table of `rows` value rows, each cut in `slices`, and where `pre_dim` > 0 of pre-value
@@ -99,6 +102,10 @@ class MemoryTable(Layer):
 
         spec = {"values": table(self.slices, self.dim // self.slices)}
         return spec | {"pre": table(1, self.pre_dim)} if self.pre_dim else spec
+
+    def lent(self, arrays: Tree) -> Tables:
+        """The tables among `arrays`, the layer's parameters or `Context.shared`."""
+        return {name: lend(arrays[name]) for name in self.spec()}
 
 
 @layer
@@ -158,23 +165,27 @@ class PKM(Layer):
         scores = dot("bshpk,hpkn->bshpn", q, params["keys"], dtype=jnp.float32)
         return product_keys(scores[..., 0, :], scores[..., 1, :], self.top_k)
 
-    def read(self, params: Tree, x: Array, ctx: Context) -> Array:
+    def read(self, params: Tree, x: Array, ctx: Context) -> tuple[Array, Aux]:
         """The memory's output, before what others add to it: [batch, seq, dim] -> the same."""
         found = self.find(params, x)
         shape = (*x.shape[:2], -1)  # the heads are summed: their entries lie side by side
         rows, weights = found.ids.reshape(shape), jax.nn.softmax(found.scores, -1).reshape(shape)
-        table = ctx.shared if self.shared else params["table"]
-        weights = self.weigh(params, table, x, rows, weights)
-        y = sum_rows(table["values"], rows, weights[..., None, None])
-        return y.reshape(x.shape).astype(x.dtype)
+        tables = self.table.lent(ctx.shared if self.shared else params["table"])
+        weights, tables = self.weigh(params, tables, x, rows, weights)
+        y, values = sum_rows(tables["values"], rows, weights[..., None, None])
+        aux = Aux(shared=tables | {"values": values} if self.shared else {})
+        return y.reshape(x.shape).astype(x.dtype), aux
 
-    def weigh(self, params: Tree, table: Tree, x: Array, rows: Array, weights: Array) -> Array:
-        """The final weights of the chosen rows, [batch, seq, heads * top_k]."""
-        del params, table, x, rows
-        return weights
+    def weigh(
+        self, params: Tree, tables: Tables, x: Array, rows: Array, weights: Array
+    ) -> tuple[Array, Tables]:
+        """The final weights of the chosen rows, [batch, seq, heads * top_k], and the tables as the
+        next reader takes them."""
+        del params, x, rows
+        return weights, tables
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
-        return self.read(params, x, ctx), Aux()
+        return self.read(params, x, ctx)
 
 
 @layer
@@ -199,8 +210,9 @@ class MemoryPlus(PKM):
 
     def apply(self, params: Tree, x: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
         gate = project("bsd,df->bsf", x, params, "gate")
-        h = self.read(params, x, ctx) * self.activation.apply(params["activation"], gate)
-        return project("bsf,fd->bsd", h, params, "out"), Aux()
+        z, aux = self.read(params, x, ctx)
+        h = z * self.activation.apply(params["activation"], gate)
+        return project("bsf,fd->bsd", h, params, "out"), aux
 
 
 @layer
@@ -221,7 +233,10 @@ class PEER(PKM):
         flops = 2 * self.table.reads * self.dim
         return super().cost(length) + Cost(flops, flops)
 
-    def weigh(self, params: Tree, table: Tree, x: Array, rows: Array, weights: Array) -> Array:
+    def weigh(
+        self, params: Tree, tables: Tables, x: Array, rows: Array, weights: Array
+    ) -> tuple[Array, Tables]:
         wide = x.astype(jnp.float32)[:, :, None, None]
-        hidden = dot_rows(table["pre"], rows, wide)[..., 0, 0]
-        return weights * self.activation.apply(params["activation"], hidden)
+        hidden, pre = dot_rows(tables["pre"], rows, wide)
+        weights *= self.activation.apply(params["activation"], hidden[..., 0, 0])
+        return weights, tables | {"pre": pre}

@@ -22,6 +22,7 @@ from bestiary.layers.base import (
     map_params,
     positive,
 )
+from bestiary.layers.rows import Table
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 _POLICIES: dict[str, Callable[..., Any]] = {
@@ -57,6 +58,7 @@ class Chain(Layer):
             x, caches[name], aux[name] = member.apply(
                 params[name], x, member_ctx, None if cache is None else cache[name]
             )
+            ctx = replace(ctx, shared=ctx.shared | aux[name].shared)
         return x, None if cache is None else caches, Aux.join(**aux)
 
 
@@ -100,18 +102,29 @@ class Repeat(Layer):
     ) -> tuple[Array, Tree, Aux]:
         constants = {name: jnp.asarray(values, jnp.float32) for name, values in self.constants}
         keys = None if ctx.key is None else jax.random.split(ctx.key, self.n)
+        tables = {name: t for name, t in ctx.shared.items() if isinstance(t, Table)}
 
-        def body(x: Array, xs: tuple) -> tuple[Array, tuple[Tree, Aux]]:
-            params, cache, key, constants = xs
-            here = replace(ctx, key=key, layer=ctx.layer | constants)
+        def with_accounts(accounts: dict[str, Array]) -> dict[str, Table]:
+            return {name: tables[name]._replace(account=a) for name, a in accounts.items()}
+
+        def body(carry: tuple[Array, dict], xs: tuple) -> tuple[tuple[Array, dict], tuple]:
+            (x, accounts), (params, cache, key, constants) = carry, xs
+            shared = ctx.shared | with_accounts(accounts)
+            here = replace(ctx, key=key, layer=ctx.layer | constants, shared=shared)
             y, cache, aux = self.block.apply(params, x, here, cache)
-            return y, (cache, aux)
+            shared |= aux.shared
+            accounts = {name: shared[name].account for name in tables}
+            return (y, accounts), (cache, replace(aux, shared={}))
 
         if self.remat != "none":
             # a loop by itself keeps the recomputation from being merged with the forward pass
             loop = self.unroll < self.n
             body = jax.checkpoint(body, prevent_cse=not loop, policy=_POLICIES[self.remat])
+        # of a table the account alone is carried: carried values would be saved for every layer
+        start = (x, {name: table.account for name, table in tables.items()})
         xs = (params, cache, keys, constants)
-        x, (cache, aux) = jax.lax.scan(body, x, xs, length=self.n, unroll=min(self.unroll, self.n))
+        (x, accounts), (cache, aux) = jax.lax.scan(
+            body, start, xs, length=self.n, unroll=min(self.unroll, self.n)
+        )
         losses = jax.tree.map(lambda v: v.sum(0), aux.losses)
-        return x, cache, Aux(losses, aux.metrics, aux.state)
+        return x, cache, Aux(losses, aux.metrics, aux.state, with_accounts(accounts))

@@ -25,7 +25,7 @@ from bestiary.layers.base import (
     ones,
     positive,
 )
-from bestiary.layers.memory import MemoryTable, pick, top_k
+from bestiary.layers.memory import MemoryTable, Tables, pick, top_k
 from bestiary.layers.rows import dot_rows, sum_rows
 from bestiary.layers.sharding import dot
 
@@ -168,10 +168,11 @@ class UltraMem(Layer):
         chosen = self.choose(params, x, u, v)
         ids = params["shuffle"][chosen.ids.reshape(*x.shape[:2], -1)]
         scores = chosen.scores.reshape(*ids.shape, -1)
-        table = ctx.shared if self.shared else params["table"]
-        rows, scores = self.entries(params, table, x, ids % self.window, scores, ctx)
+        tables = self.table.lent(ctx.shared if self.shared else params["table"])
+        rows, scores, tables = self.entries(params, tables, x, ids % self.window, scores, ctx)
         groups = jax.nn.one_hot(ids // self.window, self.expand, dtype=scores.dtype)
-        y = sum_rows(table["values"], rows, groups[..., None] * scores[..., None, :])
+        weights = groups[..., None] * scores[..., None, :]
+        y, values = sum_rows(tables["values"], rows, weights)
         y = dot("bsgpc,gpcd->bsd", y.astype(x.dtype), params["out"])
 
         losses = {}
@@ -184,15 +185,16 @@ class UltraMem(Layer):
             over = jax.nn.relu(values[:, 1:] - self.core_threshold)
             losses["memory_core"] = self.core_penalty * jnp.square(over).mean()
         metrics = {"score": ctx.mean(chosen.scores.sum(-1)).mean()}
-        return y, Aux(losses, metrics, {"u": u, "v": v})
+        shared = tables | {"values": values} if self.shared else {}
+        return y, Aux(losses, metrics, {"u": u, "v": v}, shared)
 
     def entries(
-        self, params: Tree, table: Tree, x: Array, rows: Array, scores: Array, ctx: Context
-    ) -> tuple[Array, Array]:
-        """Where in the table the chosen rows [batch, seq, k] lie, and their final scores [batch,
-        seq, k, slices]."""
-        del params, table, x, ctx
-        return rows, scores
+        self, params: Tree, tables: Tables, x: Array, rows: Array, scores: Array, ctx: Context
+    ) -> tuple[Array, Array, Tables]:
+        """Where in the table the chosen rows [batch, seq, k] lie, their final scores [batch, seq,
+        k, slices], and the tables as the next reader takes them."""
+        del params, x, ctx
+        return rows, scores, tables
 
 
 @layer
@@ -237,15 +239,16 @@ class UltraMemV2(UltraMem):
         return super().cost(length) + Cost(flops, flops)
 
     def entries(
-        self, params: Tree, table: Tree, x: Array, rows: Array, scores: Array, ctx: Context
-    ) -> tuple[Array, Array]:
+        self, params: Tree, tables: Tables, x: Array, rows: Array, scores: Array, ctx: Context
+    ) -> tuple[Array, Array, Tables]:
         index = jnp.asarray(ctx.layer.get("memory_layer", 0), jnp.int32)
         rows = (rows + index * (self.table.rows // self.num_layers)) % self.table.rows
         z = dot("bsd,de->bse", x, params["pre"], dtype=jnp.float32)
-        pre = dot_rows(table["pre"], rows, z[:, :, None, None])[..., 0]
+        hidden, pre = dot_rows(tables["pre"], rows, z[:, :, None, None])
+        hidden = hidden[..., 0]
         if self.pre_activation is not None:
-            pre = self.pre_activation.apply(params["pre_activation"], pre)
-        return rows, scores * pre
+            hidden = self.pre_activation.apply(params["pre_activation"], hidden)
+        return rows, scores * hidden, tables | {"pre": pre}
 
 
 def leading(core: Array, u: Array, v: Array) -> tuple[Array, Array]:

@@ -1,7 +1,9 @@
 """Memory layers: the published programs, brute force over all rows, sharding, depth."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
 from bestiary.layers import (
@@ -29,7 +32,8 @@ from bestiary.layers import (
 )
 from bestiary.layers.base import flatten, params_of
 from bestiary.layers.memory import product_keys
-from bestiary.layers.rows import dot_rows, sum_rows
+from bestiary.layers.repeat import Remat
+from bestiary.layers.rows import Table, dot_rows, lend, sum_rows
 from bestiary.layers.ultramem import leading, table_std
 from bestiary.train.data import Data
 from bestiary.train.experiment import Experiment
@@ -330,7 +334,7 @@ def test_rows_are_read_and_written_as_by_dense_products() -> None:
         return jnp.einsum("bsgpc,bskpc->bskgp", x, table[rows])
 
     for ours, dense, other in ((sum_rows, dense_sum, weights), (dot_rows, dense_dot, x)):
-        y, pull = jax.vjp(lambda t, o, f=ours: f(t, rows, o), table, other)
+        y, pull = jax.vjp(lambda t, o, f=ours: f(lend(t), rows, o)[0], table, other)
         expected, dense_pull = jax.vjp(dense, table, other)
         close(y, expected)
         ct = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
@@ -346,7 +350,7 @@ def test_reading_makes_no_array_of_all_entries() -> None:
     shapes = [jax.ShapeDtypeStruct(*a) for a in args]
 
     def loss(table: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.square(sum_rows(table, rows, weights)).sum()
+        return jnp.square(sum_rows(lend(table), rows, weights)[0]).sum()
 
     memory = jax.jit(jax.grad(loss, (0, 2))).lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 128 * width * 4 * 8 + 2 * 1000 * width * 4
@@ -442,23 +446,103 @@ def small() -> Decoder:
     return with_memory(dense, dataclasses.replace(layer, balance=0.1))
 
 
+def token_loss(model: Decoder, params: Any, ids: jax.Array) -> jax.Array:
+    logits, _, aux = model.apply(params, ids)
+    return jax.nn.log_softmax(logits)[..., 7].sum() + aux.losses["memory_balance"]
+
+
+IDS = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+
+
 def test_every_parameter_learns_through_scan_and_remat() -> None:
     model = small().map_stacks(lambda stack: dataclasses.replace(stack, remat="full"))
     ids = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
 
-    @jax.jit
-    def gradient(params: Any) -> Any:
-        def loss(params: Any) -> jax.Array:
-            logits, _, aux = model.apply(params, ids)
-            return jax.nn.log_softmax(logits)[..., 7].sum() + aux.losses["memory_balance"]
-
-        return jax.grad(loss, allow_int=True)(params)
-
-    grads, declared = gradient(model.init(jax.random.key(0))), dict(flatten(model.declare()))
+    gradient = jax.jit(jax.grad(partial(token_loss, model), allow_int=True))
+    grads = gradient(model.init(jax.random.key(0)), ids)
+    declared = dict(flatten(model.declare()))
     for path, g in flatten(grads):
         if declared[path].trainable:
             layers = g if path.startswith("blocks") else g[None]
             assert all(np.any(part) for part in layers), f"{path} gets no gradient"
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in eqn.params.values():
+            if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_add_to_one_gradient_of_their_table(remat: Remat) -> None:
+    """Zeros are filled in once for all layers, and nothing of a table's size is added up."""
+    model = small().map_stacks(lambda stack: dataclasses.replace(stack, remat=remat))
+    gradient = jax.grad(partial(token_loss, model), allow_int=True)
+    program = jax.make_jaxpr(gradient)(model.abstract(), IDS)
+    for table in model.abstract()["shared"].values():
+        made = [
+            eqn.primitive.name
+            for eqn in equations(program)
+            for out in eqn.outvars
+            if getattr(out.aval, "size", 0) >= table.size and out.aval.shape[-2:] == table.shape[1:]
+        ]
+        assert made.count("broadcast_in_dim") == 1
+        assert not {"add", "add_any", "concatenate"} & set(made)
+
+
+def test_readers_of_one_table_add_up_their_gradients() -> None:
+    """Handed from layer to layer, the table gets what copies of it would get in sum."""
+    layer, params, x, table = ring(shared=True)
+    arrays = table.init(jax.random.key(2))
+    places = [{"memory_layer": jnp.float32(i)} for i in range(3)]
+
+    def loss(tables: list[Any]) -> jax.Array:
+        y = x
+        for place, shared in zip(places, tables, strict=True):
+            y += layer.apply(params, y, Context(layer=place, shared=shared))[0]
+        return jnp.square(y).sum()
+
+    def in_turn(arrays: Any) -> jax.Array:
+        y, shared = x, table.lent(arrays)
+        for place in places:
+            out, aux = layer.apply(params, y, Context(layer=place, shared=shared))
+            y, shared = y + out, aux.shared
+        return jnp.square(y).sum()
+
+    ours = jax.jit(jax.grad(in_turn))(arrays)
+    copies = jax.jit(jax.grad(loss))([arrays] * 3)
+    for name, g in ours.items():
+        close(g, sum(copy[name] for copy in copies), name)
+
+
+def test_devices_add_up_once_what_their_tokens_booked(mesh: jax.sharding.Mesh) -> None:
+    """Three layers in a loop: the sum over the devices stands behind it."""
+    table = jax.random.normal(jax.random.key(0), (12, 2, 4))
+    rows = jax.random.randint(jax.random.key(1), (4, 6, 5), 0, 12)
+    weights = jax.random.normal(jax.random.key(2), (4, 6, 5, 1, 2))
+
+    def loss(table: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        values, account = lend(table)
+
+        def layer(account: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y, again = sum_rows(Table(values, account), rows, weights)
+            s, again = dot_rows(again, rows, scale * y)
+            return again.account, jnp.square(s).sum()
+
+        return jax.lax.scan(layer, account, jnp.arange(3.0))[1].sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    expected = gradient(table, rows, weights)
+    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
+        places = P(None, None, "fsdp"), P("data"), P("data")
+        args = jax.device_put((table, rows, weights), places)
+        program = gradient.lower(*args).compile()
+        close(program(*args), expected)
+    of_the_table = re.compile(r"= f32\[[1,]*12,2,2\]\S* all-reduce\(")
+    sums = [line for line in program.as_text().splitlines() if of_the_table.search(line)]
+    assert len(sums) == 1 and "while" not in sums[0]
 
 
 def test_prefill_and_decode_equal_the_full_forward() -> None:
@@ -557,8 +641,8 @@ def test_a_mesh_of_one_device_is_no_mesh() -> None:
     rows, weights = jnp.arange(2 * 5 * 4).reshape(2, 5, 4) % 20, jnp.ones((2, 5, 4, 1, 2))
 
     def loss(table: jax.Array) -> jax.Array:
-        y = sum_rows(table, rows, weights)
-        return dot_rows(table, rows, y).sum()
+        y, again = sum_rows(lend(table), rows, weights)
+        return dot_rows(again, rows, y)[0].sum()
 
     one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
     expected = jax.grad(loss)(table)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from bestiary.layers.base import (
@@ -14,12 +15,14 @@ from bestiary.layers.base import (
     Param,
     Precision,
     Tree,
+    is_param,
     layer,
     sum_costs,
 )
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
+from bestiary.layers.rows import lend
 from bestiary.layers.sharding import shard
 from bestiary.zoo.model import Model
 
@@ -205,7 +208,7 @@ class Decoder(Model):
         """
         x = self.embedding.apply(params["embedding"], tokens, self.precision.compute)
         x = shard(x, *STREAM)
-        ctx = replace(ctx, tokens=tokens, shared=ctx.shared | params.get("shared", {}))
+        ctx = self._context(params, tokens, ctx)
         if cache is None:
             x, _, aux = self.blocks.apply(params["blocks"], x, ctx)
         else:
@@ -216,7 +219,8 @@ class Decoder(Model):
             x, blocks, aux = self.blocks.apply(params["blocks"], x, ctx, cache["blocks"])
             seen = jnp.maximum(cache["seen"], positions.max(1) + 1)
             cache = {"seen": seen, "blocks": blocks}
-        return self.norm.apply(params["norm"], x), cache, Aux.join(blocks=aux)
+        aux = replace(Aux.join(blocks=aux), shared={})
+        return self.norm.apply(params["norm"], x), cache, aux
 
     def further(
         self, params: Tree, x: Array, tokens: Array, ctx: Context = Context()
@@ -225,9 +229,21 @@ class Decoder(Model):
         further, by `mtp`."""
         assert self.mtp is not None
         following = self.embedding.apply(params["embedding"], tokens, self.precision.compute)
-        ctx = replace(ctx, tokens=tokens, shared=ctx.shared | params.get("shared", {}))
+        ctx = self._context(params, tokens, ctx)
         x, aux = self.mtp.apply(params["mtp"], x, following, ctx)
-        return x, Aux.join(mtp=aux)
+        return x, replace(Aux.join(mtp=aux), shared={})
+
+    def _context(self, params: Tree, tokens: Array, ctx: Context) -> Context:
+        """`ctx` with what all blocks may know."""
+        if self.shared is not None:
+            shared = jax.tree.map(
+                lambda p, x: lend(x) if p.table else x,
+                self.shared.declare(),
+                params["shared"],
+                is_leaf=is_param,
+            )
+            ctx = replace(ctx, shared=ctx.shared | shared)
+        return replace(ctx, tokens=tokens)
 
     def logits(self, params: Tree, x: Array) -> Array:
         """Final hidden states [..., dim] -> float32 [..., vocab_size]."""

@@ -27,14 +27,19 @@ def rows(dy: Array, w: Array, sizes: Array) -> Array:
 
 def matrices(x: Array, dy: Array, sizes: Array) -> Array:
     """The gradient of w: x [rows, D], dy [rows, F] -> float32 [groups, D, F]."""
+    num_rows, num_groups = x.shape[0], sizes.size
+    # of a group's blocks the first is not added to zeros: a pass less over every matrix
+    *larger, least = block_sizes(num_rows, num_groups)
+    first = next((size for size in larger if size <= num_rows // num_groups), least)
 
-    def of_a_group(group: tuple[Array, Array]) -> Array:
-        def add(block: Block, dw: Array) -> Array:
-            inside = jnp.where(block.inside, block.of(dy), 0)
-            return dw + _product(block.of(x), inside, 0, 0)
+    def of_a_group(bounds: tuple[Array, Array]) -> Array:
+        def product(block: Block) -> Array:
+            return _product(block.of(x), jnp.where(block.inside, block.of(dy), 0), 0, 0)
 
-        dw, *_ = vary_alike(jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32), x, dy, sizes)
-        return _over_blocks(add, dw, group, x.shape[0], sizes.size)
+        start, end = bounds
+        dw = product(_block(start, end, first, num_rows))
+        rest = jnp.minimum(start + first, end), end
+        return _over_blocks(lambda block, dw: dw + product(block), dw, rest, num_rows, num_groups)
 
     return jax.lax.map(of_a_group, _bounds(sizes))
 
@@ -95,17 +100,21 @@ def _over_blocks(
     for size in sizes:
 
         def one(i: Array, carry: Array, start: Array = start, size: int = size) -> Array:
-            first = start + i * size
-            # a slice that reached beyond the last row would be moved back unnoticed
-            at = jnp.minimum(first, num_rows - size)
-            row = at + jnp.arange(size)[:, None]
-            return step(Block(at, (row >= first) & (row < end)), carry)
+            return step(_block(start + i * size, end, size, num_rows), carry)
 
         rest = size - 1 if size == sizes[-1] else 0  # the last block may be filled in part
         count = (end - start + rest) // size
         carry = jax.lax.fori_loop(0, count, one, carry)
         start = start + count * size
     return carry
+
+
+def _block(first: Array, end: Array, size: int, num_rows: int) -> Block:
+    """From row `first` on, or what is left of it before `end`."""
+    # a slice that reached beyond the last row would be moved back unnoticed
+    at = jnp.minimum(first, num_rows - size)
+    row = at + jnp.arange(size)[:, None]
+    return Block(at, (row >= first) & (row < end))
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

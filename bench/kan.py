@@ -45,8 +45,8 @@ def training_step(ffn: Layer, layers: int, dim: int, tokens: int) -> Callable[[]
     return step
 
 
-def in_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median milliseconds of each."""
+def in_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each, by round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in steps.items():
@@ -54,7 +54,7 @@ def in_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, floa
             step()
             if turn > 1:  # the first are to warm up
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def decoder(layers: int, dim: int, tokens: int, rounds: int) -> None:
@@ -66,9 +66,13 @@ def decoder(layers: int, dim: int, tokens: int, rounds: int) -> None:
     }
     steps = {name: training_step(ffn, layers, dim, tokens) for name, ffn in ffns.items()}
     times = in_turns(steps, rounds)
-    print(f"{layers} layers of width {dim}, {tokens} tokens, milliseconds a step")
-    for name, value in times.items():
-        print(f"{name:8s} {value:8.1f}  x {value / times['gelu']:.3f}")
+    print(f"{layers} layers of width {dim}, {tokens} tokens, ms a step")
+    for name, values in times.items():
+        ratio = statistics.median(a / b for a, b in zip(values, times["gelu"], strict=True))
+        print(
+            f"{name:8s} median {statistics.median(values):8.1f}  best {min(values):8.1f}  "
+            f"median of the ratios to gelu {ratio:.3f}"
+        )
 
 
 def main() -> None:

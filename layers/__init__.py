@@ -1,14 +1,20 @@
 """Layers: hyper-parameters, declared parameters and a pure apply."""
 
 from bestiary.layers.activations import (
+    Elu,
     Gelu,
     GeluTanh,
+    LeakyRelu,
     PolyNorm,
     PolyReLU,
     Relu,
     ReluSquared,
+    Selu,
     Silu,
+    Softplus,
+    Tanh,
 )
+from bestiary.layers.afkan import AFKAN, AFKANFFN
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import (
     Aux,
@@ -54,6 +60,7 @@ from bestiary.layers.norms import LayerNorm, RMSNorm
 from bestiary.layers.nsa import NSA
 from bestiary.layers.perceptron import Perceptron
 from bestiary.layers.performer import Performer
+from bestiary.layers.qkan import HQKAN, QKAN
 from bestiary.layers.rational import GroupRational
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.rope import Rope
@@ -64,18 +71,22 @@ from bestiary.layers.spark import GaussianGLU, SparkAttention, SparkFFN
 from bestiary.layers.ultramem import UltraMem, UltraMemV2
 
 __all__ = [
+    "AFKAN",
+    "AFKANFFN",
     "AXES",
     "DEFAULT_RULES",
     "DSA",
     "GLU",
     "GRKAN",
     "H2O",
+    "HQKAN",
     "KIVI",
     "MLA",
     "MLP",
     "NSA",
     "PEER",
     "PKM",
+    "QKAN",
     "AdaptiveFactor",
     "Attention",
     "Aux",
@@ -89,6 +100,7 @@ __all__ = [
     "Cost",
     "Count",
     "Dice",
+    "Elu",
     "Embedding",
     "Engram",
     "Full",
@@ -104,6 +116,7 @@ __all__ = [
     "LatentGLU",
     "Layer",
     "LayerNorm",
+    "LeakyRelu",
     "LearnedMLP",
     "Linear",
     "Mamba",
@@ -130,14 +143,17 @@ __all__ = [
     "Repeat",
     "Rope",
     "Router",
+    "Selu",
     "SharedAttention",
     "SharedKV",
     "Silu",
     "SinksWindow",
     "SnapKV",
+    "Softplus",
     "SparkAttention",
     "SparkFFN",
     "SubDimensions",
+    "Tanh",
     "UltraMem",
     "UltraMemV2",
     "constant",

@@ -55,6 +55,53 @@ class Silu(Layer):
 
 
 @layer
+class Tanh(Layer):
+    """tanh(x)."""
+
+    def apply(self, params: Tree, x: Array) -> Array:
+        del params
+        return jnp.tanh(x)
+
+
+@layer
+class Softplus(Layer):
+    """log(1 + exp(x))."""
+
+    def apply(self, params: Tree, x: Array) -> Array:
+        del params
+        return jax.nn.softplus(x)
+
+
+@layer
+class LeakyRelu(Layer):
+    """x where it is positive, else slope x (Maas et al. 2013)."""
+
+    slope: float = 0.01
+
+    def apply(self, params: Tree, x: Array) -> Array:
+        del params
+        return jax.nn.leaky_relu(x, self.slope)
+
+
+@layer
+class Elu(Layer):
+    """x where it is positive, else exp(x) - 1 (Clevert et al. 2015)."""
+
+    def apply(self, params: Tree, x: Array) -> Array:
+        del params
+        return jax.nn.elu(x)
+
+
+@layer
+class Selu(Layer):
+    """ELU, scaled so that it keeps mean 0 and variance 1 (Klambauer et al. 2017)."""
+
+    def apply(self, params: Tree, x: Array) -> Array:
+        del params
+        return jax.nn.selu(x)
+
+
+@layer
 class PolyReLU(Layer):
     """sum_p a_p relu(x)^p + b (Zhuo et al. 2024, arXiv 2411.03884).
 

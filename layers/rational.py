@@ -88,7 +88,7 @@ def group_rational(x: Array, a: Array, b: Array) -> Array:
 def _group_rational(x: Array, a: Array, b: Array) -> Array:
     over, under = _by_feature(x, a), _by_feature(x, jnp.abs(b))
     wide, size = x.astype(jnp.float32), jnp.abs(x.astype(jnp.float32))
-    return (_polynomial(over, wide) / (1 + size * _polynomial(under, size))).astype(x.dtype)
+    return (_polynomial(over, wide) / _polynomial([1.0, *under], size)).astype(x.dtype)
 
 
 def _forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -146,12 +146,12 @@ def _terms(
     of |b_i|, by -F |x|^i / Q; `b` holds absolute values."""
     wide, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     size = jnp.abs(wide)
-    inverse = 1 / (1 + size * _polynomial(b, size))
-    slope = _polynomial([i * c for i, c in enumerate(a)][1:], wide)
-    steepness = _sign(wide) * _polynomial([i * c for i, c in enumerate(b, 1)], size)
+    p, slope = _value_and_slope(a, wide)
+    q, steepness = _value_and_slope([1.0, *b], size)
+    inverse = 1 / q
     u = dy * inverse
-    w = u * _polynomial(a, wide) * inverse
-    dx = (u * slope - w * steepness).astype(x.dtype)
+    w = u * p * inverse
+    dx = (u * slope - w * _sign(wide) * steepness).astype(x.dtype)
     return dx, (_powers(u, wide, len(a)), _powers(-w * size, size, len(b)))
 
 
@@ -161,12 +161,18 @@ def _by_feature(x: Array, coefficients: Array) -> list[Array]:
     return list(jnp.repeat(coefficients.astype(jnp.float32).T, width, 1))
 
 
-def _polynomial(coefficients: list[Array], x: Array) -> Array:
+def _polynomial(coefficients: list[Any], x: Array) -> Array:
     """sum_i c_i x^i, by Horner's rule."""
-    y = coefficients[-1]
+    return _value_and_slope(coefficients, x)[0]
+
+
+def _value_and_slope(coefficients: list[Any], x: Array) -> tuple[Array, Array]:
+    """sum_i c_i x^i and sum_i i c_i x^(i-1), by Horner's rule."""
+    y, slope = coefficients[-1], jnp.float32(0)
     for c in coefficients[-2::-1]:
+        slope = slope * x + y
         y = y * x + c
-    return y
+    return y, slope
 
 
 def _powers(first: Array, x: Array, n: int) -> list[Array]:

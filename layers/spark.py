@@ -196,7 +196,7 @@ class SparkAttention(Attention):
         """
         del params
         s1, s2 = self.scores(q, k)
-        kept = self.keep(s1, (seen[:, None] if seen.ndim == 3 else seen)[:, :, None])
+        kept = self.reaches(s1, (seen[:, None] if seen.ndim == 3 else seen)[:, :, None])
         return jax.nn.softmax(s1, -1, where=kept) * jnp.where(kept, jax.nn.softplus(s2), 0)
 
     def scores(self, q: Array, k: Array) -> tuple[Array, Array]:
@@ -213,7 +213,7 @@ class SparkAttention(Attention):
         s2 = product(slice(r, None), rest**-0.5 if self.value_scale is None else self.value_scale)
         return s1, s2
 
-    def keep(self, s1: Array, seen: Array) -> Array:
+    def reaches(self, s1: Array, seen: Array) -> Array:
         """Which of the seen keys reach the threshold: bool, shaped as the predictor scores `s1`."""
         s1 = jax.lax.stop_gradient(s1)
         best = jnp.where(seen, s1, -jnp.inf).max(-1, keepdims=True)

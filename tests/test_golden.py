@@ -177,7 +177,7 @@ def test_spark_attention(golden: SimpleNamespace) -> None:
     seen = visible(positions, positions, mask=layer.pattern)
     s1, _ = layer.scores(q, k)
     close(layer.threshold(s1, seen[:, None, None]), a["att_theta"], "att_theta")
-    close(layer.keep(s1, seen[:, None, None]), a["att_keep"], "att_keep")
+    close(layer.reaches(s1, seen[:, None, None]), a["att_keep"], "att_keep")
     close(layer.weigh({}, k, q, seen), a["att_w"], "att_w")
     close(layer.attend({}, q, k, v).swapaxes(1, 2), a["att_out"], "att_out")
 

@@ -18,7 +18,6 @@ from bestiary.eval.topology import Topology
 from bestiary.layers.base import Array, Context, Precision, Tree, abstract
 from bestiary.layers.sharding import pspec
 from bestiary.train import step
-from bestiary.train.data import Data
 from bestiary.train.experiment import Experiment, language_model
 
 
@@ -88,9 +87,8 @@ def _advance(experiment: Experiment, mesh: js.Mesh, name: str, new: int) -> Task
 
 def _training_work(experiment: Experiment) -> dict[str, Any]:
     """Of all that a batch holds; backwards costs two more passes."""
-    data = experiment.data
-    figures = account(experiment.model, data.length if isinstance(data, Data) else 1)
-    return _work(figures, data.units, passes=3)
+    figures = account(experiment.model, experiment.data.length)
+    return _work(figures, experiment.data.units, passes=3)
 
 
 def _work(figures: Accounting, tokens: int, passes: int, last: bool = False) -> dict[str, Any]:

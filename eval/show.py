@@ -22,7 +22,6 @@ import bestiary.layers
 from bestiary.eval.accounting import Accounting, account
 from bestiary.eval.caching import Caching, with_cache
 from bestiary.layers.base import Layer, flatten
-from bestiary.train.data import Data
 from bestiary.train.experiment import Experiment, experiments, load_experiment
 from bestiary.train.mesh import MESH_AXES, placed
 from bestiary.train.tree_json import to_json
@@ -140,9 +139,10 @@ def run_show(options: Show, experiment: Experiment | None = None) -> None:
     if options.caching.cache is not None and isinstance(model, Decoder):
         model, _ = with_cache(model, options.caching.policy())
         experiment = experiment and dataclasses.replace(experiment, model=model)
-    length = options.length or (4096 if isinstance(model, Decoder) else 1)
-    if experiment and isinstance(experiment.data, Data):
-        length = options.length or experiment.data.length
+    length = options.length
+    if length is None and experiment is not None:
+        length = experiment.data.length
+    length = length or (4096 if isinstance(model, Decoder) else 1)
     figures = account(model, length)
     places = placements(experiment) if experiment and options.sharding else {}
     if options.json:

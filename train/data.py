@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,7 +86,7 @@ class Text(Loaded):
     held_out: Corpus
 
     @property
-    def validation_batches(self) -> int:  # type: ignore[override]
+    def validation_batches(self) -> int:
         return -(-max(0, len(self.held_out) - 1) // self.data.units)
 
     def check(self, model: Layer) -> None:
@@ -105,8 +106,6 @@ class Text(Loaded):
 
     def finish(self, run_dir: Path, model: Layer, params: Tree) -> None:
         """Writes samples.txt: the beginning of the held-out text, continued by the model."""
-        import jax
-
         from bestiary.eval.generate import generate, stream_text
         from bestiary.eval.sampling import Sampling
 

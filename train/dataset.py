@@ -26,6 +26,8 @@ class Dataset:
     """What speeds count."""
     batch_size: int
     """Rows in a batch, over all processes."""
+    length: int = 1
+    """Of a row, where models cost more for longer ones."""
 
     @property
     def units(self) -> int:
@@ -48,8 +50,10 @@ class Dataset:
 class Loaded:
     """The base of what `Dataset.load` returns: a part to train on and a part to validate on."""
 
-    validation_batches: int
-    """How many batches the validation part makes; 0: there is none."""
+    @property
+    def validation_batches(self) -> int:
+        """How many batches the validation part makes; 0: there is none."""
+        raise NotImplementedError
 
     def check(self, model: Layer) -> None:
         """Raises ValueError for a model that cannot read these batches."""
@@ -79,7 +83,7 @@ class Table(Loaded):
     validation_rows: Batch
 
     @property
-    def validation_batches(self) -> int:  # type: ignore[override]
+    def validation_batches(self) -> int:
         return -(-_rows(self.validation_rows) // self.data.batch_size)
 
     def prepare(self, rows: Batch) -> Batch:
@@ -92,6 +96,8 @@ class Table(Loaded):
 
         size, n = self.data.batch_size, _rows(self.training_rows)
         local = local_rows(size, index, count)
+        if not n:
+            raise ValueError("data: all of it is for validation; need some to train on")
 
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:

@@ -45,7 +45,8 @@ class Objective:
 
     def summary(self, measured: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
         """The means, by name, of what `measure` gave for several batches: "loss" and others."""
-        sums = {n: sum(float(batch[n]) for batch in measured) for n in measured[0]}
+        names = sorted(measured[0], key=lambda name: name != "loss")
+        sums = {name: sum(float(batch[name]) for batch in measured) for name in names}
         count = max(sums.pop("tokens"), 1)
         return {name: value / count for name, value in sums.items()}
 

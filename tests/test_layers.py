@@ -389,6 +389,8 @@ def all_layer_classes() -> set[type]:
 def test_the_table_covers_every_layer_class() -> None:
     in_decoders = {Engram, MTP, SharedAttention}  # which give them more than one array
     missing = all_layer_classes() - {type(pure) for pure in LAYERS.values()} - in_decoders
+    images = ("bestiary.zoo.vit", "bestiary.zoo.convnet")  # see test_vit.py
+    missing = {c for c in missing if c.__module__ not in images}
     assert not missing, f"add instances to LAYERS: {sorted(c.__name__ for c in missing)}"
 
 

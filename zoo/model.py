@@ -67,5 +67,4 @@ class Model(Layer):
 
 def per_image(cost: Cost, tokens: int) -> Cost:
     """`cost` of one token for the `tokens` of an image, which read the parameters once."""
-    times = tokens
-    return replace(cost, flops=times * cost.flops, active_flops=times * cost.active_flops)
+    return replace(cost, flops=tokens * cost.flops, active_flops=tokens * cost.active_flops)

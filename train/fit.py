@@ -1,0 +1,146 @@
+"""Fitting a function to samples: by a KAN over a schedule of grids, or by a perceptron."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bestiary.layers.activations import Silu
+from bestiary.layers.base import Array, Layer, Tree, params_of
+from bestiary.layers.kan_bases import RBF, Fourier
+from bestiary.layers.kan_basis import Basis
+from bestiary.layers.kan_net import KANNet, update_grids
+from bestiary.layers.kan_polynomials import Chebyshev, Legendre
+from bestiary.layers.kan_spline import BSpline
+from bestiary.layers.kan_wavelets import Wavelet
+from bestiary.layers.perceptron import Perceptron, perceptron
+from bestiary.train.minimise import Method, minimise
+from bestiary.train.samples import Samples
+
+BasisName = Literal["spline", "rbf", "chebyshev", "legendre", "fourier", "wavelet"]
+GRID_UPDATES = 10  # at the first steps of a stage, 5 steps apart (pykan's schedule)
+
+Network = KANNet | Perceptron
+Widths = tuple[int | tuple[int, int], ...]
+Penalty = Callable[[KANNet, Tree, Array], Array]
+
+
+def basis(name: BasisName, num_intervals: int) -> Basis:
+    """With as many functions as cubic splines on so many intervals have (a wavelet is one)."""
+    size = num_intervals + 3
+    match name:
+        case "spline":
+            return BSpline(num_intervals=num_intervals, adaptive=True, noise=0.3)
+        case "rbf":
+            return RBF(num_centres=size, norm=False)
+        case "chebyshev":
+            return Chebyshev(degree=size - 1)
+        case "legendre":
+            return Legendre(degree=size - 1)
+        case "fourier":
+            return Fourier(frequencies=max(size // 2, 1))
+        case "wavelet":
+            return Wavelet()
+
+
+def kan(widths: Widths, name: BasisName, num_intervals: int) -> KANNet:
+    return KANNet(dims=widths, basis=basis(name, num_intervals), mask=True, bias=True)
+
+
+def mlp(widths: Widths) -> Perceptron:
+    """Raises ValueError for multiplying nodes."""
+    if not all(isinstance(width, int) for width in widths):
+        raise ValueError("layers: multiplying nodes; need --network kan for them")
+    return perceptron(widths, lambda width: Silu())  # type: ignore[arg-type]
+
+
+def num_trained(net: Layer) -> int:
+    return sum(p.size for p in params_of(net.declare()) if p.trainable)
+
+
+class Scaling(NamedTuple):
+    """Inputs to [-1, 1] and the target to mean 0 and standard deviation 1, by the training rows."""
+
+    middle: np.ndarray
+    radius: np.ndarray
+    mean: float
+    std: float
+
+    @staticmethod
+    def of(samples: Samples) -> "Scaling":
+        x, y = samples.x, samples.y
+        radius = np.ptp(x, 0) / 2
+        return Scaling(x.min(0) + radius, radius, float(y.mean()), float(y.std()))
+
+    def apply(self, samples: Samples) -> tuple[Array, Array]:
+        x = (samples.x - self.middle) / self.radius
+        y = (samples.y - self.mean) / self.std
+        return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+
+
+def divide(samples: Samples, test_fraction: float, seed: int) -> tuple[Samples, Samples]:
+    """Rows to train on and rows to test on, at random but by the seed."""
+    order = np.random.default_rng(seed).permutation(len(samples.y))
+    n = round(test_fraction * len(order))
+    parts = (order[n:], order[:n])
+    train, test = (samples._replace(x=samples.x[at], y=samples.y[at]) for at in parts)
+    return train, test
+
+
+@partial(jax.jit, static_argnums=0)
+def rmse(net: Network, params: Tree, data: tuple[Array, Array]) -> Array:
+    x, y = data
+    return jnp.sqrt(jnp.mean(jnp.square(net.apply(params, x)[..., 0] - y)))
+
+
+def regridding(net: Network, x: Array) -> Callable[[Tree], Tree] | None:
+    """Moves the knots of parameters to where their inputs are; None for a network without."""
+    if isinstance(net, KANNet) and isinstance(net.basis, BSpline) and net.basis.adaptive:
+        kan = net
+        return jax.jit(lambda params: update_grids(kan, params, x))
+    return None
+
+
+def stage(
+    net: Network,
+    params: Tree,
+    train: tuple[Array, Array],
+    *,
+    steps: int,
+    method: Method,
+    learning_rate: float,
+    watch: Callable[[int, Tree], None],
+    penalty: Penalty | None = None,
+    factor: float = 0.0,
+) -> Tree:
+    """The parameters after `steps` on the mean squared error at `train` (x [n, inputs], y [n]),
+    plus `factor` times the penalty; the knots of splines follow their inputs meanwhile.
+
+    `watch(step, parameters)` is called about 40 times.
+    """
+
+    def loss(params: Tree, data: Any) -> Array:
+        x, y = data
+        error = jnp.mean(jnp.square(net.apply(params, x)[..., 0] - y))
+        if penalty is None or not isinstance(net, KANNet):
+            return error
+        return error + factor * penalty(net, params, x)
+
+    chunk, now = max(5, steps // 40), params
+    for step, now, _ in minimise(
+        loss,
+        net.declare(),
+        params,
+        train,
+        steps=steps,
+        method=method,
+        learning_rate=learning_rate,
+        chunk=chunk,
+        between=regridding(net, train[0]),
+        times=min(GRID_UPDATES, steps // (2 * chunk)),
+    ):
+        watch(step, now)
+    return now

@@ -35,6 +35,7 @@ COMMANDS = {
     "compare": Command("eval.compare", "Compare", "run", "architectures under one budget"),
     "import": Command("train.weights", "Import", "run_import", "a run from a Hugging Face folder"),
     "export": Command("train.weights", "Export", "run_export", "a Hugging Face folder from a run"),
+    "fit": Command("eval.fit", "Fit", "run", "a KAN, and its formula, for a table of numbers"),
     "merge": Command("train.merge", "Merge", "run", "one run from checkpoints or from runs"),
     "convert": Command("train.convert", "Convert", "run", "latent experts from a mixture's run"),
 }

@@ -1,0 +1,169 @@
+"""`bestiary fit poisson` and `bestiary fit burgers`: an equation solved by a network."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bestiary.eval import kan_picture
+from bestiary.eval.fit_folder import begin, finish, save_params
+from bestiary.eval.fit_options import Fit, report
+from bestiary.eval.kan_symbolic import tables
+from bestiary.layers.activations import Tanh
+from bestiary.layers.base import Array, Tree
+from bestiary.layers.kan_net import KANNet
+from bestiary.layers.perceptron import perceptron
+from bestiary.train import fit as training
+from bestiary.train.equations import EQUATIONS, Burgers, Equation
+from bestiary.train.fit import Network
+from bestiary.train.minimise import minimise
+
+INSIDE, EDGE = 2000, 400  # points of the residual and of the conditions
+GRID = 101  # points along either axis of the pictures
+LAYERS = {"poisson": "2,5,1", "burgers": "2,8,8,1"}
+STEPS = {"lbfgs": 400, "adam": 3000}
+
+
+def solve(options: Fit) -> int:
+    """Raises ValueError for options that an equation has no use for."""
+    for name in ("prune", "symbolic", "target", "regularize"):
+        if getattr(options, name):
+            raise ValueError(f"{name}: not for {options.source}; only for tables")
+    if options.viscosity is not None and options.source != "burgers":
+        raise ValueError(f"viscosity: {options.viscosity}; only burgers has one")
+    equation: Equation = EQUATIONS[options.source]()  # type: ignore[index]
+    if options.viscosity is not None:
+        equation = Burgers(options.viscosity)
+    widths = options.widths(2, LAYERS[options.source])
+    if options.network == "mlp":
+        if not all(isinstance(width, int) for width in widths):
+            raise ValueError("layers: multiplying nodes; need --network kan for them")
+        net: Network = perceptron(widths, lambda width: Tanh())  # type: ignore[arg-type]
+    else:
+        net = training.kan(widths, options.basis, options.grids[-1])
+    out = Path(options.out or f"runs/fit_{options.source}")
+    settings = {name: value for name, value in asdict(options).items() if name != "out"}
+    result = begin(out, settings)
+    if result is None:
+        result = _run(options, equation, net, out)
+        finish(out, settings, result)
+    else:
+        print(f"{out} holds this solution already")
+    report(out, result)
+    return 0
+
+
+def _run(options: Fit, equation: Equation, net: Network, out: Path) -> dict[str, Any]:
+    started, rng = time.monotonic(), np.random.default_rng(options.seed)
+    middle = (np.array(equation.low) + equation.high) / 2
+    radius = (np.array(equation.high) - equation.low) / 2
+
+    def solution(params: Tree) -> Any:
+        return lambda points: net.apply(params, (points - middle) / radius)[..., 0]
+
+    def loss(params: Tree, data: tuple[Array, Array, Array]) -> Array:
+        inside, edge, values = data
+        residual = equation.residual(solution(params), inside)
+        condition = solution(params)(edge) - values
+        return equation.residual_weight * (residual**2).mean() + (condition**2).mean()
+
+    parts = (equation.inside(rng, INSIDE), *equation.conditions(rng, EDGE))
+    data = tuple(jnp.asarray(part, jnp.float32) for part in parts)
+    axes = [
+        np.linspace(low, high, GRID) for low, high in zip(equation.low, equation.high, strict=True)
+    ]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+    exact = equation.exact(points)
+    at_points = jax.jit(lambda params: solution(params)(jnp.asarray(points, jnp.float32)))
+
+    def error(params: Tree) -> float:
+        """Relative L2."""
+        return float(np.linalg.norm(at_points(params) - exact) / np.linalg.norm(exact))
+
+    params = jax.jit(net.init)(jax.random.key(options.seed))
+    steps = options.steps or STEPS[options.optimizer]
+    print(f"{training.num_trained(net)} parameters, {INSIDE} points inside, {EDGE} at the edge")
+    x = jnp.asarray((parts[0] - middle) / radius, jnp.float32)
+    curve, start = [], params
+    for step, params, value in minimise(
+        loss,
+        net.declare(),
+        start,
+        data,
+        steps=steps,
+        method=options.optimizer,
+        learning_rate=options.learning_rate,
+        chunk=max(5, steps // 40),
+        between=training.regridding(net, x),
+        times=2,
+    ):
+        curve.append((step, float(value), error(params)))
+        if len(curve) % 8 == 0 or step == steps:
+            print(
+                f"step {step:5}  loss {curve[-1][1]:.3e}  relative error {curve[-1][2]:.3e}",
+                flush=True,
+            )
+    save_params(out, params)
+    found = np.asarray(at_points(params), np.float64)
+    _draw(out, equation, found, exact, curve)
+    if isinstance(net, KANNet):
+        kan_picture.save(
+            kan_picture.graph({"trained": (net, params)}, x, equation.names, ("u",)),
+            out / "graph.png",
+        )
+        figure = kan_picture.edge_curves(
+            list(tables(net, params, x)), equation.names, ("u",), len(net.layers) - 1
+        )
+        kan_picture.save(figure, out / "edges.png")
+    return {
+        "parameters": training.num_trained(net),
+        "loss": curve[-1][1],
+        "relative_L2_error": curve[-1][2],
+        "largest_error": float(np.abs(found - exact).max()),
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def _draw(
+    out: Path,
+    equation: Equation,
+    found: np.ndarray,
+    exact: np.ndarray,
+    curve: list[tuple[int, float, float]],
+) -> None:
+    """solution.png: the solution, its error, and how both came down."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    horizontal = 1 if equation.names[1] == "t" else 0  # time runs to the right
+    ends = [(low, high) for low, high in zip(equation.low, equation.high, strict=True)]
+    extent = (*ends[horizontal], *ends[1 - horizontal])
+    top = float(np.abs(exact).max())
+    panels = {"solution u": (found, "RdBu_r", -top, top)}
+    panels["u - exact solution"] = (
+        found - exact,
+        "PuOr_r",
+        *(lambda e: (-e, e))(np.abs(found - exact).max()),
+    )
+    for axis, (title, (values, colours, low, high)) in zip(axes, panels.items(), strict=False):
+        square = values.reshape(GRID, GRID)
+        shown = square if horizontal == 1 else square.T
+        image = axis.imshow(
+            shown, origin="lower", extent=extent, aspect="auto", cmap=colours, vmin=low, vmax=high
+        )
+        axis.set(
+            title=title, xlabel=equation.names[horizontal], ylabel=equation.names[1 - horizontal]
+        )
+        figure.colorbar(image, ax=axis)
+    steps, losses, errors = zip(*curve, strict=True)
+    axes[2].plot(steps, losses, label="loss")
+    axes[2].plot(steps, errors, label="relative L2 error")
+    axes[2].set(yscale="log", xlabel="step", title="training")
+    axes[2].grid(alpha=0.3)
+    axes[2].legend()
+    kan_picture.save(figure, out / "solution.png")

@@ -79,11 +79,11 @@ def refine(kan: KAN, params: Tree, num_intervals: int) -> tuple[KAN, Tree]:
 
     def between(places: Array) -> Array:
         """Points at `places`, counted in new intervals: [points, inputs]."""
-        inner = own["knots"][k : k + old.num_intervals + 1] if old.adaptive else None
-        if inner is None:
+        if not old.adaptive:
             points = old.low + (old.high - old.low) / n * places
             return jnp.broadcast_to(points[:, None], (len(places), kan.inputs))
         at = jnp.linspace(0, n, old.num_intervals + 1)
+        inner = params["basis"]["knots"][k : k + old.num_intervals + 1]
         return jax.vmap(lambda t: jnp.interp(places, at, t), 1, 1)(inner)
 
     if old.adaptive:

@@ -1,37 +1,44 @@
-"""What token mixers take as rows get longer: time, memory and FLOPs of a step, bytes to decode.
+"""What token mixers take as a row gets longer: a training step of one mixer, and a decoded token.
 
-    python bench/mixers.py --mixers full,window,nsa,mamba2 --lengths 1024,4096,8192
-    python bench/mixers.py --mixers full,window,nsa,mamba2 --topology v5e:2x2
+    python bench/mixers.py --mixers full,window,nsa --lengths 1024,4096 --record figures.jsonl
+    python bench/mixers.py --mixers full,window,nsa --topology v5e:1x1 --record modelled.jsonl
 
-Forward and backward of one mixer, always of as many tokens as the longest row has. Here, in
-float32: milliseconds, MiB of temporaries, and GFLOP of matrix products; what needs more memory than
-`--limit` is compiled but not run. With `--topology`, compiled for that TPU in bfloat16: per chip
-the modelled GB of memory traffic and GFLOP, and the milliseconds which these bound. Last, the bytes
-of the cache at the end of a row, which a decoded token reads. "growth" is from the shortest to the
-longest rows: at equal tokens 1 is linear in the length, and of the cache 1 is constant.
+Here, in float32: milliseconds of forward and backward, MiB of temporaries, GFLOP of matrix
+products, and milliseconds of a token decoded at the end of the row; what needs more memory than
+`--limit` is compiled but not run. With `--topology`, compiled for that TPU in bfloat16: the
+modelled GB of memory traffic and GFLOP of both, and the milliseconds which these bound. Last, the
+KiB that a decoded token reads of the cache as it is declared, in bfloat16.
+
+With `--record` the figures are added to a file, and the tables show all that it holds: long rows
+are measured best by a process of their own. "growth" is the exponent of the length that fits the
+three longest rows: 1 is linear, 2 quadratic.
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bestiary.eval import topology as tpu
 from bestiary.eval.compare_mixers import MIXERS, Size
 from bestiary.eval.hlo import analyse, flops_by_primitive, jaxpr_flops
-from bestiary.layers.base import Layer, params_of
-from bestiary.train.mesh import MESH_AXES, Mesh, placed
+from bestiary.layers.base import Context, Layer, abstract, params_of
 from bestiary.train.runtime import keep_freed_memory
 
-Figures = Mapping[str, float]
+Figures = dict[str, float]
 """By what is measured."""
-HERE = ("ms", "MiB", "GFLOP")
-MODELLED = ("modelled ms", "GB", "GFLOP")
+HERE = ("ms", "MiB", "GFLOP", "ms of a token")
+MODELLED = ("modelled ms", "GB", "GFLOP", "MB of a token", "MFLOP of a token")
+READ = "KiB read of the cache"
 
 
 def step(mixer: Layer) -> Any:
@@ -44,95 +51,144 @@ def step(mixer: Layer) -> Any:
     return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-def measured(mixer: Layer, shape: tuple[int, int, int], rounds: int, limit: float) -> Figures:
+def decoding(mixer: Layer) -> Any:
+    """One token, and the cache behind it, in the place of the one before."""
+
+    def run(params: dict, x: jax.Array, position: jax.Array, cache: dict) -> tuple:
+        return mixer.apply(params, x, Context(positions=position), cache)[:2]
+
+    return jax.jit(run, donate_argnums=3)
+
+
+def median(run: Callable[[], Any], rounds: int) -> float:
+    """Milliseconds, without the first round, which touches its memory."""
+
+    def one() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        return 1e3 * (time.perf_counter() - start)
+
+    one()
+    return statistics.median(one() for _ in range(rounds))
+
+
+def measured(mixer: Layer, length: int, dim: int, rounds: int, limit: float) -> Figures:
     params = mixer.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), shape)
+    x = jax.random.normal(jax.random.key(1), (1, length, dim))
+    cache = mixer.init_cache(1, length)
+    token = decoding(mixer)
+    last = x[:, :1], jnp.full((1, 1), length - 1)
+
+    def decode() -> Any:
+        nonlocal cache
+        y, cache = token(params, *last, cache)
+        return y
+
+    figures = {"ms of a token": median(decode, 20)}
     traced = step(mixer).trace(params, x)
     run = traced.lower().compile()
     memory = run.memory_analysis().temp_size_in_bytes / 2**20
-    figures = {"MiB": memory, "GFLOP": jaxpr_flops(traced.jaxpr, "cpu") / 1e9}
+    figures |= {"MiB": memory, "GFLOP": jaxpr_flops(traced.jaxpr, "cpu") / 1e9}
     if memory > limit:
         return figures
-
-    def milliseconds() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run(params, x))
-        return 1e3 * (time.perf_counter() - start)
-
-    milliseconds()  # the first touches its memory
-    return figures | {"ms": statistics.median(milliseconds() for _ in range(rounds))}
+    return figures | {"ms": median(lambda: run(params, x), rounds)}
 
 
-def modelled(mixer: Layer, shape: tuple[int, int, int], topology: tpu.Topology) -> Figures:
-    devices = len(topology.devices)
-    config = Mesh(data=devices)
-    sizes = zip(MESH_AXES, config.sizes(devices), strict=True)
-    mesh = tpu.mesh(topology, dict(sizes))
-    over_rows = NamedSharding(mesh, PartitionSpec("data"))
-    shape = devices * shape[0], *shape[1:]
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=over_rows)
-    with placed(mesh, config.table):
-        params, program = mixer.abstract(mesh), step(mixer)
-        kernels = flops_by_primitive(program.trace(params, x).jaxpr, "tpu").get("pallas_call", 0)
-        compiled, _ = tpu.compile_for(mesh, program, params, x, level="O0")
-    report = analyse(compiled.as_text() or "", mesh.shape)
-    flops = report.matmul_flops + kernels / devices
-    bound = max(flops / topology.chip.flops, report.hbm_bytes / topology.chip.hbm_bandwidth)
-    return {"modelled ms": 1e3 * bound, "GB": report.hbm_bytes / 1e9, "GFLOP": flops / 1e9}
+def modelled(mixer: Layer, length: int, dim: int, topology: tpu.Topology) -> Figures:
+    mesh = tpu.mesh(topology, {"data": len(topology.devices)})
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda s: array(*s.shape, dtype=s.dtype), tree)
+
+    def work(program: Any, *arguments: Any) -> tuple[float, float]:
+        """Bytes and FLOPs."""
+        kernels = flops_by_primitive(program.trace(*arguments).jaxpr, "tpu").get("pallas_call", 0)
+        compiled, _ = tpu.compile_for(mesh, program, *arguments, level="O0")
+        report = analyse(compiled.as_text() or "", mesh.shape)
+        return report.hbm_bytes, report.matmul_flops + kernels
+
+    params = placed(mixer.abstract())
+    moved, flops = work(step(mixer), params, array(1, length, dim))
+    bound = max(flops / topology.chip.flops, moved / topology.chip.hbm_bandwidth)
+    cache = placed(abstract(mixer.cache_spec(1, length, jnp.bfloat16)))
+    position = array(1, 1, dtype=jnp.int32)
+    of_token = work(decoding(mixer), params, array(1, 1, dim), position, cache)
+    figures = {"modelled ms": 1e3 * bound, "GB": moved / 1e9, "GFLOP": flops / 1e9}
+    return figures | {"MB of a token": of_token[0] / 1e6, "MFLOP of a token": of_token[1] / 1e6}
 
 
-def show(title: str, lengths: list[int], rows: Mapping[str, list[float | None]]) -> None:
+def read_by_a_token(mixer: Layer, length: int) -> float:
+    """KiB of the cache."""
+    entries = params_of(mixer.cache_spec(1, length, jnp.bfloat16))
+    return sum(p.nbytes * p.active for p in entries) / 1024
+
+
+def growth(of: Mapping[int, float]) -> float | None:
+    """The exponent of the length, of the three longest rows."""
+    points = sorted(of.items())[-3:]
+    if len(points) < 2 or min(of.values()) <= 0:
+        return None
+    lengths, values = np.log(np.array(points)).T
+    return float(np.polyfit(lengths, values, 1)[0])
+
+
+def show(kind: str, found: Mapping[str, Mapping[int, Figures]]) -> None:
+    lengths = sorted({length for of in found.values() for length in of})
+
     def line(*cells: str) -> None:
-        print(cells[0].ljust(18), *(cell.rjust(11) for cell in cells[1:]))
+        print(cells[0].ljust(22), *(cell.rjust(11) for cell in cells[1:]))
 
     print()
-    line(title, *map(str, lengths), "growth")
-    for name, values in rows.items():
-        first, last = values[0], values[-1]
-        growth = f"{last / first:.2f}" if first and last else "-"
-        line(name, *("-" if value is None else f"{value:,.1f}" for value in values), growth)
+    line(kind, *map(str, lengths), "growth")
+    for name, of in found.items():
+        values = {length: figures[kind] for length, figures in of.items() if kind in figures}
+        exponent = growth(values)
+        cells = (f"{values[n]:,.2f}" if n in values else "-" for n in lengths)
+        line(name, *cells, "-" if exponent is None else f"{exponent:.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="token mixers against the length of rows")
+    parser = argparse.ArgumentParser(description="token mixers against the length of a row")
     parser.add_argument("--mixers", default=",".join(n for n in MIXERS if n != "hybrid"))
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768")
-    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--head", type=int, default=64)
-    parser.add_argument("--span", type=int, default=512)
+    parser.add_argument("--span", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=4096, help="MiB")
     parser.add_argument("--topology")
+    parser.add_argument("--record", type=Path, help="file of figures that are kept and shown")
     arguments = parser.parse_args()
     size = Size(dim=arguments.dim, span=arguments.span, head=arguments.head)
-    lengths = sorted(int(length) for length in arguments.lengths.split(","))
-    names, tokens = arguments.mixers.split(","), max(lengths)
 
     keep_freed_memory()
-    topology = None
+    tpu.quiet_libtpu()
+    take = partial(measured, rounds=arguments.rounds, limit=arguments.limit)
     if arguments.topology is not None:
-        tpu.quiet_libtpu()
-        topology = tpu.parse(arguments.topology)
+        take = partial(modelled, topology=tpu.parse(arguments.topology))
 
-    found: dict[str, list[Figures]] = {name: [] for name in names}
-    caches: dict[str, list[float | None]] = {}
-    for name in names:
+    rows = []
+    if arguments.record and arguments.record.exists():
+        rows = [json.loads(line) for line in arguments.record.read_text().splitlines()]
+    for name in filter(None, arguments.mixers.split(",")):
         mixer = MIXERS[name](size, 0)
-        for length in lengths:
-            shape = tokens // length, length, size.dim
-            if topology is None:
-                found[name].append(measured(mixer, shape, arguments.rounds, arguments.limit))
-            else:
-                found[name].append(modelled(mixer, shape, topology))
-            said = ", ".join(f"{value:,.1f} {kind}" for kind, value in found[name][-1].items())
+        for length in map(int, arguments.lengths.split(",")):
+            figures = take(mixer, length, size.dim) | {READ: read_by_a_token(mixer, length)}
+            said = ", ".join(f"{value:,.2f} {kind}" for kind, value in figures.items())
             print(f"{name} at {length}: {said}", flush=True)
-        caches[name] = [
-            sum(p.nbytes for p in params_of(mixer.cache_spec(1, length, jnp.bfloat16))) / 1024
-            for length in lengths
-        ]
-    for kind in HERE if topology is None else MODELLED:
-        show(kind, lengths, {n: [f.get(kind) for f in of] for n, of in found.items()})
-    show("KiB of the cache", lengths, caches)
+            rows.append({"mixer": name, "length": length, "figures": figures})
+            if arguments.record:
+                with arguments.record.open("a") as file:
+                    print(json.dumps(rows[-1]), file=file)
+    found: dict[str, dict[int, Figures]] = {}
+    for row in rows:
+        found.setdefault(row["mixer"], {})[row["length"]] = row["figures"]
+    for kind in (*(HERE if arguments.topology is None else MODELLED), READ):
+        show(kind, found)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from bestiary.layers.activations import (
     Relu,
     ReluSquared,
     Selu,
+    Sigmoid,
     Silu,
     Softplus,
     Tanh,
@@ -41,18 +42,11 @@ from bestiary.layers.clipped import Clipped
 from bestiary.layers.compression import LearnedMLP, MeanPool
 from bestiary.layers.delta_rule import GatedDeltaNet
 from bestiary.layers.depth import MixtureOfDepths
+from bestiary.layers.din import LocalActivationUnit, SumPooling
 from bestiary.layers.dsa import DSA
 from bestiary.layers.engram import Engram
 from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.grkan import GRKAN
-from bestiary.layers.kan import KAN
-from bestiary.layers.kan_bases import RBF, RSWAF, Fourier, Rational, ReLUBasis, Sine
-from bestiary.layers.kan_basis import Basis
-from bestiary.layers.kan_conv import KANConv, KANPatches
-from bestiary.layers.kan_net import KANFFN, KANNet
-from bestiary.layers.kan_polynomials import Chebyshev, Gram, Jacobi, Legendre
-from bestiary.layers.kan_spline import BSpline
-from bestiary.layers.kan_wavelets import Wavelet
 from bestiary.layers.learned_activations import Dice, Interpolated, PReLU
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.linear_attention import GatedLinearAttention
@@ -88,8 +82,6 @@ __all__ = [
     "GRKAN",
     "H2O",
     "HQKAN",
-    "KAN",
-    "KANFFN",
     "KIVI",
     "MLA",
     "MLP",
@@ -97,19 +89,14 @@ __all__ = [
     "PEER",
     "PKM",
     "QKAN",
-    "RBF",
-    "RSWAF",
     "AdaptiveFactor",
     "Attention",
     "Aux",
-    "BSpline",
-    "Basis",
     "BatchNorm",
     "BlockFFN",
     "CachePolicy",
     "CausalConv",
     "Chain",
-    "Chebyshev",
     "Clipped",
     "Context",
     "Cost",
@@ -118,7 +105,6 @@ __all__ = [
     "Elu",
     "Embedding",
     "Engram",
-    "Fourier",
     "Full",
     "Fusion",
     "GatedDeltaNet",
@@ -126,21 +112,16 @@ __all__ = [
     "GaussianGLU",
     "Gelu",
     "GeluTanh",
-    "Gram",
     "GroupRational",
     "Interpolated",
-    "Jacobi",
-    "KANConv",
-    "KANNet",
-    "KANPatches",
     "LatentExperts",
     "LatentGLU",
     "Layer",
     "LayerNorm",
     "LeakyRelu",
     "LearnedMLP",
-    "Legendre",
     "Linear",
+    "LocalActivationUnit",
     "Mamba",
     "Mamba2",
     "MeanPool",
@@ -160,8 +141,6 @@ __all__ = [
     "PolyReLU",
     "Precision",
     "RMSNorm",
-    "Rational",
-    "ReLUBasis",
     "Relu",
     "ReluSquared",
     "Repeat",
@@ -170,18 +149,18 @@ __all__ = [
     "Selu",
     "SharedAttention",
     "SharedKV",
+    "Sigmoid",
     "Silu",
-    "Sine",
     "SinksWindow",
     "SnapKV",
     "Softplus",
     "SparkAttention",
     "SparkFFN",
     "SubDimensions",
+    "SumPooling",
     "Tanh",
     "UltraMem",
     "UltraMemV2",
-    "Wavelet",
     "constant",
     "dot",
     "layer",

@@ -55,6 +55,15 @@ class Silu(Layer):
 
 
 @layer
+class Sigmoid(Layer):
+    """1 / (1 + exp(-x))."""
+
+    def apply(self, params: Tree, x: Array) -> Array:
+        del params
+        return jax.nn.sigmoid(x)
+
+
+@layer
 class Tanh(Layer):
     """tanh(x)."""
 

@@ -27,31 +27,25 @@ from bestiary.layers import (
     GLU,
     GRKAN,
     HQKAN,
-    KAN,
-    KANFFN,
     MLA,
     MLP,
     NSA,
     PEER,
     PKM,
     QKAN,
-    RBF,
     AdaptiveFactor,
     Attention,
     Aux,
     BatchNorm,
     BlockFFN,
-    BSpline,
     CausalConv,
     Chain,
-    Chebyshev,
     Clipped,
     Context,
     Dice,
     Elu,
     Embedding,
     Engram,
-    Fourier,
     Fusion,
     GatedDeltaNet,
     GatedLinearAttention,
@@ -60,9 +54,6 @@ from bestiary.layers import (
     GeluTanh,
     GroupRational,
     Interpolated,
-    KANConv,
-    KANNet,
-    KANPatches,
     LatentExperts,
     LatentGLU,
     Layer,
@@ -70,6 +61,7 @@ from bestiary.layers import (
     LeakyRelu,
     LearnedMLP,
     Linear,
+    LocalActivationUnit,
     Mamba,
     Mamba2,
     MemoryPlus,
@@ -96,8 +88,8 @@ from bestiary.layers import (
     Selu,
     SharedAttention,
     SharedKV,
+    Sigmoid,
     Silu,
-    Sine,
     Softplus,
     SparkAttention,
     SparkFFN,
@@ -118,6 +110,7 @@ from bestiary.layers.repeat import Remat
 from bestiary.layers.router import Routing
 from bestiary.zoo import gemma2, llama, polycom, spark
 from bestiary.zoo.decoder import MTP, Block, Decoder
+from bestiary.zoo.din import DIN
 
 # Pairwise distinct, and even where a mesh axis of 2 divides them.
 BATCH, LENGTH, DIM, HIDDEN, VOCAB = 4, 5, 12, 20, 22
@@ -175,6 +168,7 @@ LAYERS: dict[str, Layer] = {
     "gelu": Gelu(),
     "gelu_tanh": GeluTanh(),
     "silu": Silu(),
+    "sigmoid": Sigmoid(),
     "poly_relu": PolyReLU(),
     "poly_norm": PolyNorm(),
     "batch_norm": BatchNorm(dim=DIM),
@@ -200,18 +194,6 @@ LAYERS: dict[str, Layer] = {
     ),
     "qkan": QKAN(inputs=DIM, outputs=7, repetitions=2),
     "hqkan": HQKAN(dim=DIM, qkan=QKAN(inputs=4, outputs=6, repetitions=1, group=3)),
-    "kan": KAN(
-        inputs=DIM,
-        outputs=8,
-        basis=BSpline(outside="normalise"),
-        scale="uniform",
-        mask=True,
-        bias=True,
-    ),
-    "kan_net": KANNet(dims=(DIM, (6, 2), 4), basis=RBF(), affine=True),
-    "kan_ffn": KANFFN(dim=DIM, hidden=HIDDEN, basis=Chebyshev(), base=None),
-    "kan_conv": KANConv(inputs=DIM, outputs=6, basis=Sine(), kernel=2, padding=1),
-    "kan_patches": KANPatches(inputs=DIM, outputs=6, basis=Fourier(norm=True), kernel=2),
     "spark_ffn": SPARK_FFN,
     "gaussian_glu": GAUSSIAN_GLU,
     "block_ffn": BlockFFN(
@@ -409,8 +391,9 @@ def all_layer_classes() -> set[type]:
 
 
 def test_the_table_covers_every_layer_class() -> None:
-    in_decoders = {Engram, MTP, SharedAttention}  # which give them more than one array
-    missing = all_layer_classes() - {type(pure) for pure in LAYERS.values()} - in_decoders
+    # which give them more than one array
+    in_models = {DIN, MTP, Engram, LocalActivationUnit, SharedAttention, SumPooling}
+    missing = all_layer_classes() - {type(pure) for pure in LAYERS.values()} - in_models
     images = ("bestiary.zoo.vit", "bestiary.zoo.convnet")  # see test_vit.py
     missing = {c for c in missing if c.__module__ not in images}
     assert not missing, f"add instances to LAYERS: {sorted(c.__name__ for c in missing)}"

@@ -47,6 +47,14 @@ from bestiary.layers.dsa import DSA
 from bestiary.layers.engram import Engram
 from bestiary.layers.feedforward import GLU, MLP, Parallel
 from bestiary.layers.grkan import GRKAN
+from bestiary.layers.kan import KAN
+from bestiary.layers.kan_bases import RBF, RSWAF, Fourier, Rational, ReLUBasis, Sine
+from bestiary.layers.kan_basis import Basis
+from bestiary.layers.kan_conv import KANConv, KANPatches
+from bestiary.layers.kan_net import KANFFN, KANNet
+from bestiary.layers.kan_polynomials import Chebyshev, Gram, Jacobi, Legendre
+from bestiary.layers.kan_spline import BSpline
+from bestiary.layers.kan_wavelets import Wavelet
 from bestiary.layers.learned_activations import Dice, Interpolated, PReLU
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.linear_attention import GatedLinearAttention
@@ -82,6 +90,8 @@ __all__ = [
     "GRKAN",
     "H2O",
     "HQKAN",
+    "KAN",
+    "KANFFN",
     "KIVI",
     "MLA",
     "MLP",
@@ -89,14 +99,19 @@ __all__ = [
     "PEER",
     "PKM",
     "QKAN",
+    "RBF",
+    "RSWAF",
     "AdaptiveFactor",
     "Attention",
     "Aux",
+    "BSpline",
+    "Basis",
     "BatchNorm",
     "BlockFFN",
     "CachePolicy",
     "CausalConv",
     "Chain",
+    "Chebyshev",
     "Clipped",
     "Context",
     "Cost",
@@ -105,6 +120,7 @@ __all__ = [
     "Elu",
     "Embedding",
     "Engram",
+    "Fourier",
     "Full",
     "Fusion",
     "GatedDeltaNet",
@@ -112,14 +128,20 @@ __all__ = [
     "GaussianGLU",
     "Gelu",
     "GeluTanh",
+    "Gram",
     "GroupRational",
     "Interpolated",
+    "Jacobi",
+    "KANConv",
+    "KANNet",
+    "KANPatches",
     "LatentExperts",
     "LatentGLU",
     "Layer",
     "LayerNorm",
     "LeakyRelu",
     "LearnedMLP",
+    "Legendre",
     "Linear",
     "LocalActivationUnit",
     "Mamba",
@@ -141,6 +163,8 @@ __all__ = [
     "PolyReLU",
     "Precision",
     "RMSNorm",
+    "Rational",
+    "ReLUBasis",
     "Relu",
     "ReluSquared",
     "Repeat",
@@ -151,6 +175,7 @@ __all__ = [
     "SharedKV",
     "Sigmoid",
     "Silu",
+    "Sine",
     "SinksWindow",
     "SnapKV",
     "Softplus",
@@ -161,6 +186,7 @@ __all__ = [
     "Tanh",
     "UltraMem",
     "UltraMemV2",
+    "Wavelet",
     "constant",
     "dot",
     "layer",

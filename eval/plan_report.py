@@ -52,7 +52,7 @@ class Program:
 
     name: str
     tokens: int
-    """That one execution processes, on all devices."""
+    """Or images, or other rows, that one execution processes, on all devices."""
     memory: dict[str, int]
     """Compiled: bytes on a device by class: the arguments, then "temporaries" (activations,
     gradients, new outputs, padding)."""
@@ -134,6 +134,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _print_program(console: Console, plan: Plan, program: Program) -> None:
+    unit = plan.experiment.data.unit
     verdict = "[green]fits[/green]" if program.fits else "[red]does not fit[/red]"
     console.print(
         f"[bold]{program.name}[/bold]: {verdict}, needs {_size(program.needed)} of "
@@ -149,9 +150,10 @@ def _print_program(console: Console, plan: Plan, program: Program) -> None:
     for label, flops in (
         ("model FLOPs, executed densely", program.model_flops),
         ("model FLOPs, active", program.active_flops),
-        (f"{6 if program.name == 'training step' else 2} x N x tokens", program.six_n_flops),
+        (f"{6 if program.name == 'training step' else 2} x N x {unit}", program.six_n_flops),
     ):
-        table.add_row(label, _tera(flops), f"{flops / program.tokens:.4g} per token", "modelled")
+        each = f"{flops / program.tokens:.4g} per {unit.removesuffix('s')}"
+        table.add_row(label, _tera(flops), each, "modelled")
     if program.compiled_flops is not None:
         ratio = f"{program.compiled_flops / program.model_flops:.3f} of the model's"
         table.add_row("FLOPs of the program", _tera(program.compiled_flops), ratio, "compiled")
@@ -163,7 +165,7 @@ def _print_program(console: Console, plan: Plan, program: Program) -> None:
     console.print(table)
     if program.report and program.modelled:
         console.print(_collectives(program))
-        console.print(_times(program))
+        console.print(_times(program, plan.experiment.data.unit))
         if program.report.custom_calls:
             calls = ", ".join(f"{k} {n}x" for k, n in sorted(program.report.custom_calls.items()))
             console.print(f"  custom calls (compiled): {escape(calls)}")
@@ -188,7 +190,7 @@ def _collectives(program: Program) -> Table:
     return table
 
 
-def _times(program: Program) -> Table:
+def _times(program: Program, unit: str) -> Table:
     assert program.modelled
     table = _table("time (modelled)", "ms", "")
     for name, seconds in program.modelled.seconds.items():
@@ -198,7 +200,7 @@ def _times(program: Program) -> Table:
         ("all overlapped", program.modelled.overlapped),
         ("no collective overlapped", program.modelled.serial),
     ):
-        told = f"{rate.tokens_per_second:,.0f} tokens/s, MFU {rate.mfu:.1%}"
+        told = f"{rate.tokens_per_second:,.0f} {unit}/s, MFU {rate.mfu:.1%}"
         table.add_row(name, f"{rate.seconds * 1e3:.3f}", told)
     return table
 

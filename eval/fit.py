@@ -83,7 +83,8 @@ class Regression:
                 if left == 0:
                     raise ValueError("prune: no edge is left; need a smaller --regularize")
                 result["edges"] = f"{left} of {before}"
-                self.stage(f"{self.name()}, pruned", 0.0)
+                if left < before or options.penalty_weight:
+                    self.stage(f"{self.name()}, pruned", 0.0)
             if options.basis == "spline":
                 for n in options.grids[1:]:
                     self.net, self.params = refine_grids(self.net, self.params, n)  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ class Regression:
     def stage(self, name: str, factor: float) -> None:
         options, first = self.options, self.step
         self.stages[first] = name
-        steps = options.steps or (400 if options.optimizer == "lbfgs" else 2000)
+        steps = options.steps or (1000 if options.optimizer == "lbfgs" else 3000)
 
         def watch(step: int, params: Tree) -> None:
             self.step, self.params = first + step, params

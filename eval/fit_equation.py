@@ -1,7 +1,7 @@
 """`bestiary fit poisson` and `bestiary fit burgers`: an equation solved by a network."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from bestiary.eval.kan_symbolic import tables
 from bestiary.layers.activations import Tanh
 from bestiary.layers.base import Array, Tree
 from bestiary.layers.kan_net import KANNet
+from bestiary.layers.kan_spline import BSpline
 from bestiary.layers.perceptron import perceptron
 from bestiary.train import fit as training
 from bestiary.train.equations import EQUATIONS, Burgers, Equation
-from bestiary.train.fit import Network
+from bestiary.train.fit import Network, Widths
 from bestiary.train.minimise import minimise
 
 INSIDE, EDGE = 2000, 400  # points of the residual and of the conditions
@@ -30,6 +31,8 @@ STEPS = {"lbfgs": 400, "adam": 3000}
 
 def solve(options: Fit) -> int:
     """Raises ValueError for options that an equation has no use for."""
+    if len(options.grids) > 1 and options.intervals is not None:
+        raise ValueError(f"intervals: {options.intervals!r}; need one number for an equation")
     for name in ("prune", "symbolic", "target", "regularize"):
         if getattr(options, name):
             raise ValueError(f"{name}: not for {options.source}; only for tables")
@@ -44,7 +47,7 @@ def solve(options: Fit) -> int:
             raise ValueError("layers: multiplying nodes; need --network kan for them")
         net: Network = perceptron(widths, lambda width: Tanh())  # type: ignore[arg-type]
     else:
-        net = training.kan(widths, options.basis, options.grids[-1])
+        net = smooth_kan(options, widths)
     out = Path(options.out or f"runs/fit_{options.source}")
     settings = {name: value for name, value in asdict(options).items() if name != "out"}
     result = begin(out, settings)
@@ -55,6 +58,16 @@ def solve(options: Fit) -> int:
         print(f"{out} holds this solution already")
     report(out, result)
     return 0
+
+
+def smooth_kan(options: Fit, widths: Widths) -> KANNet:
+    """Splines here take the tanh of their inputs, so that they and their derivatives reach
+    everywhere and no knots need to move."""
+    n = 8 if options.intervals is None else options.grids[0]
+    net = training.kan(widths, options.basis, n)
+    if options.basis == "spline":
+        net = replace(net, basis=BSpline(num_intervals=n, outside="normalise"))
+    return net
 
 
 def _run(options: Fit, equation: Equation, net: Network, out: Path) -> dict[str, Any]:
@@ -98,8 +111,6 @@ def _run(options: Fit, equation: Equation, net: Network, out: Path) -> dict[str,
         method=options.optimizer,
         learning_rate=options.learning_rate,
         chunk=max(5, steps // 40),
-        between=training.regridding(net, x),
-        times=2,
     ):
         curve.append((step, float(value), error(params)))
         if len(curve) % 8 == 0 or step == steps:

@@ -31,11 +31,12 @@ class Fit:
     optimizer: Method = "lbfgs"
     learning_rate: float = 1e-2
     """Of Adam."""
-    intervals: str = "3,5,10"
-    """Grid intervals of splines, one stage of training after the other; other bases take the first
-    number, and as many functions as splines have; equations the last."""
+    intervals: str | None = None
+    """Grid intervals of splines, one stage of training after the other (by default 3,5,10); other
+    bases take the first number, and as many functions as splines have. Equations have one stage (8
+    by default)."""
     steps: int | None = None
-    """Of each stage: by default 400 of L-BFGS or 2000 of Adam (equations have their own)."""
+    """Of each stage: by default 1000 of L-BFGS or 3000 of Adam (equations have their own)."""
     prune: bool = False
     """Leave out edges and nodes that matter little, after the first stage."""
     symbolic: bool = False
@@ -43,7 +44,7 @@ class Fit:
     functions: str = ",".join(name for name in FUNCTIONS if name != "0")
     """Which functions those may be."""
     regularize: float | None = None
-    """Weight of the penalty on edges in the first stage: by default 0.001 with --prune or
+    """Weight of the penalty on edges in the first stage: by default 0.01 with --prune or
     --symbolic, else 0."""
     target: str | None = None
     """The column that is learned from the others: a name, or a number from 1. By default the
@@ -71,13 +72,13 @@ class Fit:
 
     @property
     def grids(self) -> list[int]:
-        return whole("intervals", self.intervals)
+        return whole("intervals", self.intervals or "3,5,10")
 
     @property
     def penalty_weight(self) -> float:
         if self.regularize is not None:
             return self.regularize
-        return 1e-3 if self.prune or self.symbolic else 0.0
+        return 1e-2 if self.prune or self.symbolic else 0.0
 
     def widths(self, inputs: int, default: str | None = None) -> Widths:
         """Raises ValueError for a first or last width that does not fit."""

@@ -14,7 +14,8 @@ from bestiary.train.dataset import Dataset
 from bestiary.zoo.decoder import Decoder
 
 Batch = dict[str, Any]
-"""inputs, targets, positions, segment_ids int32 [batch, seq]; weights float32 [batch, seq]."""
+"""As `Dataset.declare` says. Of text: inputs, targets, positions, segment_ids int32 [batch, seq];
+weights float32 [batch, seq]."""
 
 Report = dict[str, Any]
 """What a step reports: "sums" over the batch, by name, and "means", what the layers say."""

@@ -6,8 +6,8 @@
 Here, in float32: milliseconds of forward and backward, MiB of temporaries, GFLOP of matrix
 products, and milliseconds of a token decoded at the end of the row; what needs more memory than
 `--limit` is compiled but not run. With `--topology`, compiled for that TPU in bfloat16: the
-modelled GB of memory traffic and GFLOP of both, and the milliseconds which these bound. Last, the
-KiB that a decoded token reads of the cache as it is declared, in bfloat16.
+modelled GB of memory traffic and GFLOP, the milliseconds which these bound, and the MB of memory
+traffic of a decoded token, its parameters with it. Last, the KiB that a decoded token reads of the cache as it is declared, in bfloat16.
 
 With `--record` the figures are added to a file, and the tables show all that it holds: long rows
 are measured best by a process of their own. "growth" is the exponent of the length that fits the
@@ -37,7 +37,7 @@ from bestiary.train.runtime import keep_freed_memory
 Figures = dict[str, float]
 """By what is measured."""
 HERE = ("ms", "MiB", "GFLOP", "ms of a token")
-MODELLED = ("modelled ms", "GB", "GFLOP", "MB of a token", "MFLOP of a token")
+MODELLED = ("modelled ms", "GB", "GFLOP", "MB of a token")
 READ = "KiB read of the cache"
 
 
@@ -116,9 +116,9 @@ def modelled(mixer: Layer, length: int, dim: int, topology: tpu.Topology) -> Fig
     bound = max(flops / topology.chip.flops, moved / topology.chip.hbm_bandwidth)
     cache = placed(abstract(mixer.cache_spec(1, length, jnp.bfloat16)))
     position = array(1, 1, dtype=jnp.int32)
-    of_token = work(decoding(mixer), params, array(1, 1, dim), position, cache)
+    of_token, _ = work(decoding(mixer), params, array(1, 1, dim), position, cache)
     figures = {"modelled ms": 1e3 * bound, "GB": moved / 1e9, "GFLOP": flops / 1e9}
-    return figures | {"MB of a token": of_token[0] / 1e6, "MFLOP of a token": of_token[1] / 1e6}
+    return figures | {"MB of a token": of_token / 1e6}
 
 
 def read_by_a_token(mixer: Layer, length: int) -> float:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers.base import Array, Context, Layer, Param, Tree, constant, layer, positive
+from bestiary.layers.linear import scaled
 
 Mix = Callable[[Array, "Places", Tree], tuple[Array, Tree]]
 
@@ -99,11 +100,11 @@ class CausalConv(Layer):
             state = jnp.zeros((x.shape[0], past, self.dim), x.dtype)
         window = jnp.concatenate((state.astype(x.dtype), x), 1)
         documents = jnp.pad(places.documents, ((0, 0), (past, 0)))
-        weight = params["weight"].astype(x.dtype)
-        y = weight[-1] * x
+        weight = params["weight"]
+        y = scaled(x, weight[-1])
         for k in range(past):
             same = documents[:, k : k + length] == places.documents
-            y += jnp.where(same[..., None], weight[k] * window[:, k : k + length], 0)
+            y += jnp.where(same[..., None], scaled(window[:, k : k + length], weight[k]), 0)
         if self.bias:
             y += params["bias"].astype(y.dtype)
         # what is kept belongs to the last real token's document

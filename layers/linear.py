@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, normal, positive, weight
@@ -19,6 +20,23 @@ def project(
     """`dot` with params[name], plus params[name + "_bias"] where the layer declares one."""
     y, bias = dot(equation, x, params[name], out=out), params.get(f"{name}_bias")
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+@jax.custom_jvp
+def scaled(x: Array, gain: Array) -> Array:
+    """x [..., dim] times gain [dim], in the type of x.
+
+    The gradient of the gain is one sum over all axes in front. jax.numpy's own leaves out those of
+    length 1, and XLA's CPU code sums [1, seq, dim] over seq alone up to sixty times as slowly.
+    """
+    return x * gain.astype(x.dtype)
+
+
+@scaled.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, gain), (dx, d_gain) = primals, tangents
+    d_gain = jnp.broadcast_to(d_gain.astype(x.dtype), x.shape)
+    return scaled(x, gain), dx * gain.astype(x.dtype) + x * d_gain
 
 
 @layer

@@ -26,7 +26,7 @@ from bestiary.layers.base import (
     weight,
 )
 from bestiary.layers.causal_conv import CausalConv, Places, recurrent, recurrent_spec
-from bestiary.layers.linear import project
+from bestiary.layers.linear import project, scaled
 from bestiary.layers.mamba import inverse_softplus_of_log_uniform, log_of_uniform
 from bestiary.layers.sharding import shard
 
@@ -203,5 +203,5 @@ class Mamba2(Layer):
         # as a product, which CPUs differentiate several times as fast as a mean
         square = jnp.einsum("bsge,bsge->bsg", by_group, by_group, precision="highest") / width
         y32 *= jnp.repeat(jax.lax.rsqrt(square + self.norm_eps), width, -1)
-        y32 *= gain.astype(jnp.float32)
+        y32 = scaled(y32, gain)
         return (y32 * gate if self.norm_before_gate else y32).astype(y.dtype)

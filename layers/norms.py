@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers.base import Array, Layer, Param, Tree, constant, layer, ones, positive, zeros
+from bestiary.layers.linear import scaled
 
 
 @layer
@@ -34,8 +35,8 @@ class RMSNorm(Layer):
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
         w = params["weight"].astype(jnp.float32)
         if self.gain == "offset":
-            return (y * (1 + w)).astype(x.dtype)
-        return y.astype(x.dtype) * w.astype(x.dtype)
+            return scaled(y, 1 + w).astype(x.dtype)
+        return scaled(y.astype(x.dtype), w)
 
 
 @layer
@@ -57,5 +58,5 @@ class LayerNorm(Layer):
         x32 = x.astype(jnp.float32)
         x32 -= jnp.mean(x32, -1, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        y *= params["weight"].astype(jnp.float32)
+        y = scaled(y, params["weight"])
         return (y + params["bias"].astype(jnp.float32) if self.bias else y).astype(x.dtype)

@@ -1,10 +1,12 @@
 """One accounting for every model: what it holds and what a token costs, from the declaration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
-from bestiary.layers.base import Layer, abstract, params_of
+from bestiary.kernels.attention.masks import Window
+from bestiary.layers.base import L, Layer, abstract, map_layers, params_of
+from bestiary.layers.cache import CachePolicy
 from bestiary.train.optimizer import Optimizer
 from bestiary.train.step import split
 
@@ -31,7 +33,8 @@ class Accounting:
     predicts."""
     training_flops_active: float
     decode_flops_active: float
-    """For the token at the end of a sequence of `length`."""
+    """For the token at the end of a sequence of `length`, over the keys that cache policies have
+    kept; what they compute to choose is left out."""
     optimizer_bytes: int
     """The optimiser's state, by default AdamW's two moments."""
     decode_bytes_active: float
@@ -50,7 +53,8 @@ def account(model: Layer, length: int, optimizer: Optimizer | None = None) -> Ac
     if length < 1:
         raise ValueError(f"length: {length} tokens; need at least 1")
     count, cost, training = model.count(), model.cost(length), model.training_cost(length)
-    shorter = model.cost(length - 1).active_flops if length > 1 else 0
+    decoding = as_decoded(model, length)
+    shorter = decoding.cost(length - 1).active_flops if length > 1 else 0
     entries = params_of(model.cache_spec(1, length))
     cache = sum(p.nbytes for p in entries)
     read = sum(p.nbytes * p.active for p in entries)
@@ -65,8 +69,22 @@ def account(model: Layer, length: int, optimizer: Optimizer | None = None) -> Ac
         training_flops_total=3 * training.flops,
         training_flops_active=3 * training.active_flops,
         # what the last token adds to a sequence
-        decode_flops_active=length * cost.active_flops - (length - 1) * shorter,
+        decode_flops_active=length * decoding.cost(length).active_flops - (length - 1) * shorter,
         optimizer_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moments)),
         decode_bytes_active=cost.active_bytes + read,
         cache_bytes=cache,
     )
+
+
+def as_decoded(model: L, length: int) -> L:
+    """`model` whose last token of `length` sees as many keys as its cache policies let it."""
+
+    def one(x: Layer) -> Layer:
+        policy = getattr(x, "cache", None)
+        if not isinstance(policy, CachePolicy) or policy.complete:
+            return x
+        # which keys are kept does not matter for their number
+        kept = Window(policy.attended(length))
+        return replace(x, mask=x.mask & kept)  # type: ignore[attr-defined, call-arg]
+
+    return map_layers(one, model)

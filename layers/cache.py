@@ -53,6 +53,10 @@ class CachePolicy:
         """How many tokens it keeps of `length`. Raises ValueError beside a `window` it ignores."""
         raise NotImplementedError
 
+    def attended(self, length: int) -> int:
+        """How many of `length` tokens the last one attends to, itself included, read alone."""
+        return self.slots(length, None)
+
     def update(
         self, cache: Tree, new: Tree, received: Received, window: int | None = None
     ) -> tuple[Tree, Tree]:

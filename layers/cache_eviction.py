@@ -38,6 +38,9 @@ class Evicting(CachePolicy):
         no_window(self, window)
         return min(length, self.most)
 
+    def attended(self, length: int) -> int:
+        return min(length, self.most + 1)  # it evicts behind the call
+
     def spec(
         self,
         batch: int,
@@ -122,8 +125,8 @@ class SnapKV(Evicting):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(window=self.window, kernel=self.kernel, room=self.room)
-        if self.capacity <= self.window:
-            raise ValueError(f"capacity: {self.capacity}; need more than window {self.window}")
+        if self.capacity < self.window:
+            raise ValueError(f"capacity: {self.capacity}; need at least window {self.window}")
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel: {self.kernel}; need an odd number")
         if self.pooling not in get_args(Pooling):

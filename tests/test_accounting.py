@@ -1,12 +1,14 @@
 """One accounting for all models: by hand for a small one, and the table in the documentation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bestiary.eval.accounting import account
 from bestiary.eval.show import figures_table
-from bestiary.layers import Attention, MoBA
+from bestiary.layers import H2O, KIVI, Attention, CachePolicy, Full, MoBA, SinksWindow, SnapKV
+from bestiary.layers.base import params_of
 from bestiary.train.optimizer import Optimizer
 from bestiary.zoo.llama import llama, swiglu
 from bestiary.zoo.mixtures import olmoe, olmoe_ffn
@@ -30,6 +32,29 @@ def test_a_dense_model_by_hand() -> None:
     # keys, values, positions and segments of each layer, and how many tokens were seen
     assert a.cache_bytes == 4 * (LAYERS * LENGTH * (2 * 2 * HEAD_DIM + 2) + 1)
     assert a.optimizer_bytes == 8 * a.params_total + 4  # and a count
+
+
+@pytest.mark.parametrize(
+    "policy, kept",
+    [
+        (Full(), LENGTH),
+        (KIVI(group_size=2, residual=32), LENGTH),
+        (SinksWindow(sinks=1, window=4), 5),
+        (H2O(heavy=2, recent=2), 5),  # it evicts behind the token
+        (SnapKV(capacity=4, window=2, room=3), 8),
+    ],
+)
+def test_decoding_multiplies_with_the_keys_that_a_policy_keeps(
+    policy: CachePolicy, kept: int
+) -> None:
+    attention = replace(ATTENTION, cache=policy)
+    model = llama(vocab_size=VOCAB, num_layers=LAYERS, attention=attention, ffn=swiglu(DIM, HIDDEN))
+    a, full = account(model, LENGTH), account(MODEL, LENGTH)
+    assert a.decode_flops_active == pytest.approx(2 * MATRICES + PER_KEY * kept)
+    assert a.forward_flops_active == full.forward_flops_active
+    cache = sum(p.nbytes for p in params_of(model.cache_spec(1, LENGTH)))
+    assert a.cache_bytes == cache
+    assert a.decode_bytes_active - full.decode_bytes_active == cache - full.cache_bytes
 
 
 def test_the_optimiser_decides_on_its_bytes() -> None:

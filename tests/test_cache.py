@@ -19,6 +19,7 @@ from bestiary.layers import (
     H2O,
     KIVI,
     MLA,
+    NSA,
     Attention,
     CachePolicy,
     Chain,
@@ -35,8 +36,9 @@ from bestiary.layers import (
     SparkAttention,
     use_rules,
 )
-from bestiary.layers.base import init, map_params, params_of
+from bestiary.layers.base import init, is_param, map_params, params_of
 from bestiary.layers.linear import project
+from bestiary.zoo.decoder import Block
 from bestiary.zoo.llama import llama, swiglu
 from bestiary.zoo.shared_kv import cross_layer
 
@@ -357,6 +359,61 @@ def test_decoding_equals_the_full_forward_while_nothing_is_lost(mixer: str, poli
     close(y, jax.jit(lambda: layer.apply(params, x, ctx)[0])(), 1e-4)
 
 
+DROPPING = ("sinks_window", "h2o", "h2o_query", "snapkv", "snapkv_max_query")
+EVERY_KEY = "cache: {}; {} needs every key, as Full and KIVI keep them"
+REFUSED: dict[str, dict[str, str]] = {
+    "window": {
+        name: "cache: {} beside window 5; need Full, which keeps a window"
+        for name in POLICIES
+        if name != "full"
+    },
+    "nsa": dict.fromkeys(DROPPING, EVERY_KEY.replace("{} needs", "NSA needs")),
+    "moba": dict.fromkeys(DROPPING, EVERY_KEY.replace("{} needs", "MoBA needs")),
+    "dsa": dict.fromkeys(
+        ("h2o_query", "snapkv_max_query"),
+        "cache.heads: 'query'; DSA chooses the same keys for all heads",
+    ),
+    "shared": dict.fromkeys(
+        DROPPING[1:], "source.cache: {}; keys of several layers need one that asks for no attention"
+    ),
+}
+
+
+def sharing(cache: CachePolicy) -> Layer:
+    reader = Block(mixer=SharedAttention(**SIZES), ffn=FFN, mixer_norm=NORM, ffn_norm=NORM)
+    source = Attention(**SIZES, cache=cache)
+    return SharedKV(source=source, norm=NORM, blocks=Chain(layers=(reader,)))
+
+
+MORE_MIXERS: dict[str, Any] = MIXERS | {
+    "window": partial(Attention, **SIZES, window=5),
+    "nsa": partial(NSA, **SIZES, block_size=4, num_selected=2, local_window=3),
+    "moba": partial(MoBA, **SIZES, block_size=4, top_k=2),
+    "shared": sharing,
+}
+
+
+@every_policy
+@pytest.mark.parametrize("mixer", MORE_MIXERS)
+def test_every_policy_serves_every_mixer_or_is_refused_in_one_line(mixer: str, name: str) -> None:
+    policy, length = POLICIES[name], 64
+    if message := REFUSED.get(mixer, {}).get(name):
+        line = re.escape(message.format(type(policy).__name__))
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            MORE_MIXERS[mixer](cache=policy).cache_spec(1, length)
+        return
+    layer = MORE_MIXERS[mixer](cache=policy)
+    spec = layer.cache_spec(2, length)
+    params, kept = layer.abstract(), jax.tree.map(lambda p: p.abstract(), spec, is_leaf=is_param)
+    for size in (7, 1):
+        x, at = jnp.zeros((2, size, DIM)), jnp.zeros((2, size), jnp.int32)
+        ctx = Context(positions=at, segment_ids=at)
+        y, after, _ = jax.eval_shape(layer.apply, params, x, ctx, kept)
+        assert y.shape == x.shape
+        same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, kept)
+        assert all(jax.tree.leaves(same))
+
+
 @pytest.mark.parametrize("mixer", ["attention", "spark"])
 def test_sinks_and_a_window_are_exact_for_a_mixer_that_sees_no_more(mixer: str) -> None:
     mask = Causal() & (Window(5) | Sinks(2))
@@ -411,7 +468,7 @@ def test_bytes_by_hand() -> None:
         (lambda: SinksWindow(sinks=0), "sinks: 0; need at least 1"),
         (lambda: H2O(recent=0), "recent: 0; need at least 1"),
         (lambda: H2O(heads="all"), "heads: 'all'; need one of kv, query"),  # type: ignore[arg-type]
-        (lambda: SnapKV(capacity=8, window=8), "capacity: 8; need more than window 8"),
+        (lambda: SnapKV(capacity=7, window=8), "capacity: 7; need at least window 8"),
         (lambda: SnapKV(kernel=4), "kernel: 4; need an odd number"),
         (lambda: SnapKV(pooling="sum"), "pooling: 'sum'; need avg or max"),  # type: ignore[arg-type]
         (lambda: KIVI(bits=3), "bits: 3; need one of 2, 4, 8"),

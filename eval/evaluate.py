@@ -210,8 +210,9 @@ class Evaluate:
     def __post_init__(self) -> None:
         if self.cache_chunk < 1:
             raise ValueError(f"cache_chunk: {self.cache_chunk}; need at least 1")
-        if self.caching.cache == "snapkv" and self.cache_chunk == 1:
-            raise ValueError("cache_chunk: 1; snapkv chooses by the tokens of a chunk, need more")
+        cache = self.caching.cache
+        if cache in ("snapkv", "pyramidkv") and self.cache_chunk == 1:
+            raise ValueError(f"cache_chunk: 1; {cache} chooses by the tokens of a chunk, need more")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: {self.steps}; need at least 1")
         if not self.ppl_increase > 0:
@@ -271,7 +272,7 @@ def _run_text(command: Evaluate, model: Decoder, data: Data, params: Tree) -> No
     if command.caching.cache is not None:
         chunk = command.cache_chunk
         full, _ = with_cache(model, Full())
-        model, others = with_cache(model, command.caching.policy())
+        model, params, others = command.caching.apply(model, params, data.length)
         use = CacheUse(
             policy=command.caching.cache,
             chunk=chunk,

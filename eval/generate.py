@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 from numpy.typing import ArrayLike
 
-from bestiary.eval.caching import Caching, with_cache
+from bestiary.eval.caching import Caching
 from bestiary.eval.sampling import Sampling
 from bestiary.layers.base import Array, Context, Param, Tree, is_param
 from bestiary.train.tokenizer import Tokenizer, load_tokenizer
@@ -240,13 +240,14 @@ def run(command: Generate) -> None:
 
     experiment, params = load_run(command.run_dir)
     model, data = language_model(experiment)
-    if command.caching.cache is not None:
-        policy = command.caching.policy(room=command.max_new_tokens)
-        model, others = with_cache(model, policy)
-        if others:
-            print(f"cache: {', '.join(others)} as before", file=sys.stderr)
     tokenizer = load_tokenizer(data.tokenizer)
     prompt = tokenizer.encode(command.prompt)
+    if command.caching.cache is not None:
+        model, params, others = command.caching.apply(
+            model, params, len(prompt), room=command.max_new_tokens
+        )
+        if others:
+            print(f"cache: {', '.join(others)} as before", file=sys.stderr)
     steps = generate(
         model,
         params,

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import bestiary.layers
 from bestiary.eval.accounting import Accounting, account
-from bestiary.eval.caching import Caching, with_cache
+from bestiary.eval.caching import Caching
 from bestiary.layers.base import Layer, flatten
 from bestiary.train.experiment import Experiment, experiments, load_experiment
 from bestiary.train.mesh import MESH_AXES, placed
@@ -136,13 +136,13 @@ def run_show(options: Show, experiment: Experiment | None = None) -> None:
     model = load_model(options.name) if experiment is None else experiment.model
     if not isinstance(model, Decoder) and (options.caching.cache or options.length):
         raise ValueError(f"name: {options.name!r} is no language model: it has no cache or length")
-    if options.caching.cache is not None and isinstance(model, Decoder):
-        model, _ = with_cache(model, options.caching.policy())
-        experiment = experiment and dataclasses.replace(experiment, model=model)
     length = options.length
     if length is None and experiment is not None:
         length = experiment.data.length
     length = length or (4096 if isinstance(model, Decoder) else 1)
+    if options.caching.cache is not None and isinstance(model, Decoder):
+        model, _, _ = options.caching.apply(model, None, length)
+        experiment = experiment and dataclasses.replace(experiment, model=model)
     figures = account(model, length)
     places = placements(experiment) if experiment and options.sharding else {}
     if options.json:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from bestiary.eval import generate as generation
-from bestiary.eval.caching import Caching, with_cache
+from bestiary.eval.caching import Caching
 from bestiary.eval.generate import Generate, Tokens, bucket, collect, generate, stream_text
 from bestiary.eval.sampling import Sampling
 from bestiary.layers.attention import Attention
+from bestiary.layers.base import flatten
+from bestiary.layers.kv_selection import pyramid_budgets
 from bestiary.layers.spark import SparkAttention, SparkFFN
 from bestiary.train.data import Data
 from bestiary.train.tokenizer import ByteTokenizer
@@ -237,19 +239,32 @@ def loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "bestiary.train.checkpoint", module)
 
 
-@pytest.mark.parametrize("name", ["sinks-window", "h2o", "snapkv", "kivi4"])
+@pytest.mark.parametrize("name", ["sinks-window", "h2o", "snapkv", "pyramidkv", "kivi4"])
 def test_a_roomy_cache_changes_nothing(name):
     """The prompts of a batch have lengths of their own."""
     model = MODELS["llama"]
     settings = {"cache_group_size": 8} if name == "kivi4" else {}
-    changed, _ = with_cache(model, Caching(cache=name, **settings).policy(room=9))
+    caching = Caching(cache=name, **settings)
+    changed, params, _ = caching.apply(model, weights(model), 13, room=9)
     prompt = prompts(3, 13)
     prompt[1, :6] = prompt[2, :11] = -1
     options: dict[str, Any] = dict(max_new_tokens=9, sampling=GREEDY, key=KEY)
     expected = collect(generate(model, weights(model), prompt, **options))
-    found = collect(generate(changed, weights(model), prompt, **options))
+    found = collect(generate(changed, params, prompt, **options))
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_pyramidkv_keeps_less_in_every_further_layer():
+    model = llama(vocab_size=9, num_layers=3, attention=Attention(**HEADS), ffn=swiglu(DIM, 40))
+    caching = Caching(cache="pyramidkv", cache_budget=40, cache_recent=2)
+    changed, params, others = caching.apply(model, weights(model), 64)
+    spec = dict(flatten(changed.cache_spec(1, 64)))
+    room = 1
+    slots = [p.shape[-1] - room for path, p in spec.items() if path.endswith("position")]
+    assert slots == list(pyramid_budgets(64, 40, 3, 2)) == [62, 40, 18]
+    shapes = [jax.tree.map(jnp.shape, params), jax.tree.map(lambda p: p.shape, changed.abstract())]
+    assert shapes[0] == shapes[1] and not others
 
 
 def test_the_command_takes_a_cache_policy(loaded, capsys):

@@ -7,7 +7,8 @@ Here, in float32: milliseconds of forward and backward, MiB of temporaries, GFLO
 products, and milliseconds of a token decoded at the end of the row; what needs more memory than
 `--limit` is compiled but not run. With `--topology`, compiled for that TPU in bfloat16: the
 modelled GB of memory traffic and GFLOP, the milliseconds which these bound, and the MB of memory
-traffic of a decoded token, its parameters with it. Last, the KiB that a decoded token reads of the cache as it is declared, in bfloat16.
+traffic of a decoded token, its parameters with it. Last, the KiB that a decoded token reads of the
+cache as it is declared, in bfloat16.
 
 With `--record` the figures are added to a file, and the tables show all that it holds: long rows
 are measured best by a process of their own. "growth" is the exponent of the length that fits the

@@ -30,6 +30,8 @@ class DIN(Layer):
     "affine", the form of the authors' corrected results; "batch" takes statistics in training.
     """
 
+    unit = "sample"
+
     num_items: int
     """Ids 1 to num_items."""
     num_categories: int = 0

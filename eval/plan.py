@@ -117,7 +117,7 @@ def _check_divides(experiment: Experiment, mesh: js.Mesh) -> None:
     rules = experiment.mesh.table
     rows, shards = experiment.data.batch_size, batch_shards(mesh, rules)
     if rows % shards:
-        raise ValueError(f"batch: {rows} rows do not divide over {shards} shards of the mesh")
+        raise ValueError(f"batch: {rows} sequences do not divide over {shards} shards of the mesh")
     with placed(mesh, rules):
         for path, param in flatten(experiment.model.declare()):
             spec = pspec(*param.axes, mesh=mesh) or ()

@@ -231,7 +231,7 @@ def test_the_cheaper_defaults_of_a_bare_model():
         ({"mesh": "model=4"}, "mesh: 'model' is not one of the axes data, fsdp, tensor"),
         ({"mesh": "fsdp=8"}, "must multiply to the 4 devices of v5e:2x2"),
         ({"mesh": "tensor=2"}, "has 2 devices: the sizes must multiply to the 4 devices"),
-        ({"name": "nothing"}, "name: 'nothing' is no experiment or model; known: quickstart"),
+        ({"name": "nothing"}, "name: 'nothing' is no experiment or model; known: di"),
         ({"name": "llama3_2_3b", "topology": "v5e:4x4", "mesh": "tensor=16"},
          "mesh: kv_heads 8 of blocks/mixer/key does not divide over tensor=16"),
         ({"batch": 3}, "batch: 3 sequences do not divide over 4 shards"),

@@ -380,7 +380,7 @@ REFUSED: dict[str, dict[str, str]] = {
 
 
 def sharing(cache: CachePolicy) -> Layer:
-    reader = Block(mixer=SharedAttention(**SIZES), ffn=FFN, mixer_norm=NORM, ffn_norm=NORM)
+    reader = Block(mixer=SharedAttention(**SIZES), ffn=FFN, norm=NORM)
     source = Attention(**SIZES, cache=cache)
     return SharedKV(source=source, norm=NORM, blocks=Chain(layers=(reader,)))
 

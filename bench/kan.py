@@ -1,7 +1,12 @@
-"""Kolmogorov-Arnold layers beside what they replace, in turns on the CPU.
+"""Kolmogorov-Arnold layers beside what they replace, on the CPU.
 
-python bench/kan.py                    # a decoder with GR-KAN feed-forwards beside GELU
-python bench/kan.py --dim 384 --layers 4 --tokens 1024
+    python bench/kan.py layers      # one layer: beside jaxkan, pykan and efficient-kan
+    python bench/kan.py regression  # [2, 5, 1] beside an MLP of its size, on exp(sin(pi x) + y^2)
+    python bench/kan.py digits      # every basis beside an MLP of equal size
+    python bench/kan.py decoder     # a decoder with GR-KAN feed-forwards beside GELU
+
+`layers` needs pip install jaxkan, torch, and pykan with its scikit-learn, matplotlib, pandas, tqdm
+and pyyaml; `digits` scikit-learn.
 """
 
 import argparse
@@ -12,6 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kan_fits
+import kan_peers
 import optax
 
 from bestiary.layers import GRKAN, MLP, Gelu, Layer
@@ -75,15 +82,44 @@ def decoder(layers: int, dim: int, tokens: int, rounds: int) -> None:
         )
 
 
+def shape(text: str) -> kan_peers.Shape:
+    inputs, outputs, rows = map(int, text.split("x"))
+    return inputs, outputs, rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kolmogorov-Arnold layers beside others")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=20)
+    parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("layers", help="ms and temporary memory of one layer")
+    part.add_argument("--shapes", type=shape, nargs="+", default=kan_peers.SHAPES, metavar="IxOxN")
+    part.add_argument("--rounds", type=int, default=5)
+    part = parts.add_parser("regression", help="test RMSE of a KAN and of MLPs")
+    part.add_argument("--method", choices=("adam", "lbfgs"), default="adam")
+    part.add_argument("--steps", type=int, default=3000)
+    part.add_argument("--seeds", type=int, default=3)
+    part = parts.add_parser("digits", help="accuracy of every basis and of an MLP")
+    part.add_argument("--parameters", type=int, default=6000)
+    part.add_argument("--seeds", type=int, default=5)
+    part.add_argument("--epochs", type=int, default=40)
+    part.add_argument("--rates", type=float, nargs="+", default=(3e-3, 1e-2))
+    part = parts.add_parser("decoder", help="ms of a training step, GR-KAN and GELU")
+    part.add_argument("--layers", type=int, default=4)
+    part.add_argument("--dim", type=int, default=128)
+    part.add_argument("--tokens", type=int, default=1024)
+    part.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     keep_freed_memory()
-    decoder(options.layers, options.dim, options.tokens, options.rounds)
+    match options.part:
+        case "layers":
+            kan_peers.layers(options.shapes, options.rounds)
+        case "regression":
+            kan_fits.regression(options.method, options.steps, options.seeds)
+        case "digits":
+            kan_fits.classification(
+                options.parameters, options.seeds, options.epochs, tuple(options.rates)
+            )
+        case "decoder":
+            decoder(options.layers, options.dim, options.tokens, options.rounds)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from bestiary.layers.kan import edges
 from bestiary.layers.kan_net import KANNet
 
 SIMPLICITY = 0.8  # pykan's weight_simple
+_NOISE = 1e-4  # what is missing of the variance below that tells nothing (pykan: 1e-5)
 _POINTS = 200  # samples that an edge is fitted at
 
 
@@ -62,7 +63,7 @@ class Fit(NamedTuple):
     @property
     def loss(self) -> float:
         """Simplicity and closeness in one number (pykan's)."""
-        missing = np.log2(1 + 1e-5 - min(self.r2, 1.0))
+        missing = np.log2(1 + _NOISE - min(self.r2, 1.0))
         return SIMPLICITY * FUNCTIONS[self.name].complexity + (1 - SIMPLICITY) * float(missing)
 
 

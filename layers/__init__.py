@@ -77,6 +77,8 @@ from bestiary.layers.rope import Rope
 from bestiary.layers.router import Router
 from bestiary.layers.sharding import AXES, DEFAULT_RULES, dot, pspec, shard, take, use_rules
 from bestiary.layers.shared_kv import SharedAttention, SharedKV
+from bestiary.layers.skan import SKAN, SKANFFN, SConvKAN
+from bestiary.layers.skan_select import PrunedSKAN
 from bestiary.layers.spark import GaussianGLU, SparkAttention, SparkFFN
 from bestiary.layers.ultramem import UltraMem, UltraMemV2
 
@@ -101,6 +103,8 @@ __all__ = [
     "QKAN",
     "RBF",
     "RSWAF",
+    "SKAN",
+    "SKANFFN",
     "AdaptiveFactor",
     "Attention",
     "Aux",
@@ -162,6 +166,7 @@ __all__ = [
     "PolyNorm",
     "PolyReLU",
     "Precision",
+    "PrunedSKAN",
     "RMSNorm",
     "Rational",
     "ReLUBasis",
@@ -170,6 +175,7 @@ __all__ = [
     "Repeat",
     "Rope",
     "Router",
+    "SConvKAN",
     "Selu",
     "SharedAttention",
     "SharedKV",

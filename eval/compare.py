@@ -61,6 +61,8 @@ class Compare:
     """Width of all members, a multiple of 32."""
     num_layers: int = 4
     """Blocks of all members."""
+    rate: float = 1.0
+    """Factor on the learning rates, quickstart's, of all members: below 1 for what continues."""
     initial: str | None = None
     """The folder of another comparison at one length, with the parameters of whose runs those of
     the same member and seed begin: a curriculum."""
@@ -84,6 +86,8 @@ class Compare:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}; need at least 1")
+        if not self.rate > 0:
+            raise ValueError(f"rate: {self.rate}; need more than 0")
         if self.data.tokenizer != "bytes":
             raise ValueError(f"data.tokenizer: {self.data.tokenizer!r}; members read 'bytes'")
         if not 0 < self.data.validation_fraction < 1:
@@ -203,11 +207,20 @@ def _comparison(options: Compare, data: Data, out: Path) -> Comparison:
         match=options.match,
         span=options.span,
     )
+    quickstart = load_experiment("quickstart")
+    optimizer = quickstart.optimizer
+    assert optimizer.adam_learning_rate is not None
+    optimizer = replace(
+        optimizer,
+        learning_rate=options.rate * optimizer.learning_rate,
+        adam_learning_rate=options.rate * optimizer.adam_learning_rate,
+    )
     experiments = {
         member.name: replace(
-            load_experiment("quickstart"),
+            quickstart,
             model=skewed(member.model, options.routing).unrolled(),
             data=data,
+            optimizer=optimizer,
             minutes=None,
             steps=options.steps or 1,
             evaluation=Evaluation(every=0, batches=VALIDATION),
@@ -259,6 +272,7 @@ def _claim(out: Path, options: Compare, data: Data) -> Found:
         "num_layers": options.num_layers,
         "routing": options.routing,
         "span": options.span,
+        "rate": options.rate,
         "initial": options.initial,
         "data": to_json(data),
     }

@@ -21,8 +21,8 @@ from bestiary.eval.compare_report import tables
 from bestiary.eval.compare_statistics import paired, spread, t975
 from bestiary.eval.routing import skewed
 from bestiary.layers.router import Router
-from bestiary.train import run
-from bestiary.train.experiment import read_experiment
+from bestiary.train.data import Text
+from bestiary.train.experiment import load_experiment, read_experiment
 from bestiary.train.log import read_metrics
 from bestiary.train.run import Interrupted
 from bestiary.train.tree_json import difference
@@ -172,7 +172,7 @@ def finished(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two members, one of which drops tokens, two seeds, as many steps as fit into no time."""
     out = tmp_path_factory.mktemp("compare") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_sample", lambda *a: None)  # takes longest, and is tested elsewhere
+        patch.setattr(Text, "finish", lambda *a: None)  # takes longest, and is tested elsewhere
         assert main(words("switch,dense", text, out, "--minutes", "1e-5", "--seeds", "2")) == 0
     return out
 
@@ -239,11 +239,14 @@ def test_a_finished_comparison_is_only_reported_again(
 def test_runs_begin_with_those_of_another_comparison(
     finished: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_sample", lambda *a: None)
-    more = ["--steps", "1", "--seeds", "1", "--initial", str(finished)]
+    monkeypatch.setattr(Text, "finish", lambda *a: None)
+    more = ["--steps", "1", "--seeds", "1", "--initial", str(finished), "--rate", "0.5"]
     assert main(words("dense", text, tmp_path / "out", *more)) == 0
     experiment = read_experiment(tmp_path / "out/dense/seed-0/experiment.json")
     assert experiment.initial == str(finished / "dense/seed-0")
+    slower, usual = experiment.optimizer, load_experiment("quickstart").optimizer
+    assert slower.learning_rate == usual.learning_rate / 2
+    assert slower.adam_learning_rate == usual.adam_learning_rate / 2
 
 
 def test_stopped_goes_on_and_a_failing_member_is_reported(
@@ -260,7 +263,7 @@ def test_stopped_goes_on_and_a_failing_member_is_reported(
         return real(experiment, name)
 
     monkeypatch.setattr(compare_runs, "train", train)
-    monkeypatch.setattr(run, "_sample", lambda *a: None)
+    monkeypatch.setattr(Text, "finish", lambda *a: None)
     command = words("dense,switch", text, out, "--steps", "2", "--seeds", "1")
     assert main(command) == 128 + 15
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
@@ -290,7 +293,7 @@ def test_lengths(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return real(experiment, name)
 
     monkeypatch.setattr(compare_runs, "train", train)
-    monkeypatch.setattr(run, "_sample", lambda *a: None)
+    monkeypatch.setattr(Text, "finish", lambda *a: None)
     out = tmp_path / "out"
     more = ["--steps", "2", "--seeds", "1", "--lengths", "32,16", "--span", "8"]
     more += ["--data.batch-size", "16"]  # 8 devices take 8 rows or more
@@ -329,6 +332,7 @@ def test_lengths(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["dense", "--minutes", "1"], "need exactly one of the two"),
         (["dense", "--steps", "0"], "steps: 0; need at least 1"),
         (["dense", "--seeds", "0"], "seeds: 0; need at least 1"),
+        (["dense", "--rate", "0"], "rate: 0.0; need more than 0"),
         (["dense", "--dim", "48"], "dim: 48; need a multiple of 32"),
         (["dense", "--num-layers", "0"], "num_layers: 0; need at least 1"),
         (["dense", "--match", "speed"], "invalid choice"),

@@ -73,7 +73,7 @@ class Selection(Layer):
         shape, axes = (*self.shape, self.size), (*self.axes, None)
         return {"weight": Param(shape, axes, start, decay=False)}
 
-    def apply(self, params: Tree) -> Array:
+    def shares(self, params: Tree) -> Array:
         w = params["weight"].astype(jnp.float32)
         if self.weighting == "softmax":
             return jax.nn.softmax(w / self.temperature, -1)
@@ -81,7 +81,7 @@ class Selection(Layer):
 
     def entropy(self, params: Tree) -> Array:
         """sum -|pi| log |pi|, in nats, over everything that selects: float32 scalar."""
-        share = jnp.abs(self.apply(params))
+        share = jnp.abs(self.shares(params))
         return -(share * jnp.log(jnp.maximum(share, TINY))).sum()
 
     def undecided(self, params: Tree) -> Array:
@@ -136,7 +136,7 @@ class Selectable(Layer):
         return own | params[str(p)] | {"weight": weight}
 
     def apply(self, params: Tree, x: Array) -> Array:
-        share = self.selection.apply(params["selection"])
+        share = self.selection.shares(params["selection"])
         parts = []
         for p in range(len(self.pool)):
             member = self.member(p)

@@ -36,6 +36,8 @@ from bestiary.layers import (
     PKM,
     QKAN,
     RBF,
+    SKAN,
+    SKANFFN,
     AdaptiveFactor,
     Attention,
     Aux,
@@ -88,12 +90,14 @@ from bestiary.layers import (
     PolyReLU,
     Precision,
     PReLU,
+    PrunedSKAN,
     Relu,
     ReluSquared,
     Repeat,
     RMSNorm,
     Rope,
     Router,
+    SConvKAN,
     Selu,
     SharedAttention,
     SharedKV,
@@ -104,6 +108,7 @@ from bestiary.layers import (
     SparkAttention,
     SparkFFN,
     SubDimensions,
+    SumPooling,
     Tanh,
     UltraMem,
     UltraMemV2,
@@ -116,8 +121,10 @@ from bestiary.layers import (
     weight,
 )
 from bestiary.layers.base import Count, flatten, is_param, map_params, params_of
+from bestiary.layers.block_choice import BlockChoice
 from bestiary.layers.repeat import Remat
 from bestiary.layers.router import Routing
+from bestiary.layers.skan import Selectable
 from bestiary.zoo import gemma2, llama, polycom, spark
 from bestiary.zoo.decoder import MTP, Block, Decoder
 from bestiary.zoo.din import DIN
@@ -144,6 +151,7 @@ POLY_NORM_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyNorm())
 POLY_RELU_MLP = MLP(dim=DIM, hidden=HIDDEN, activation=PolyReLU(order=2))
 SWIGLU = GLU(dim=DIM, hidden=HIDDEN, activation=Silu(), bias=True)
 GAUSSIAN_GLU = GaussianGLU(dim=DIM, hidden=HIDDEN, sparsity=0.6)
+SKAN_LAYER = SKAN(inputs=DIM, outputs=7, pool=(Chebyshev(), RBF()))
 GATE = SubDimensions(dim=DIM, num=4, num_shared=1, top_k=2, balance=0.0)
 PRODUCT_KEYS = {"dim": DIM, "num_heads": 2, "num_keys": 6, "key_dim": 8, "top_k": 3}
 
@@ -178,6 +186,11 @@ LAYERS: dict[str, Layer] = {
     "gelu": Gelu(),
     "gelu_tanh": GeluTanh(),
     "silu": Silu(),
+    "tanh": Tanh(),
+    "softplus": Softplus(),
+    "leaky_relu": LeakyRelu(),
+    "elu": Elu(),
+    "selu": Selu(),
     "sigmoid": Sigmoid(),
     "poly_relu": PolyReLU(),
     "poly_norm": PolyNorm(),
@@ -192,11 +205,6 @@ LAYERS: dict[str, Layer] = {
     "glu": SWIGLU,
     "group_rational": GroupRational(groups=4),
     "grkan": GRKAN(dim=DIM, hidden=HIDDEN, groups=4),
-    "tanh": Tanh(),
-    "softplus": Softplus(),
-    "leaky_relu": LeakyRelu(),
-    "elu": Elu(),
-    "selu": Selu(),
     "afkan": AFKAN(inputs=DIM, outputs=7, norm=LayerNorm(dim=DIM), methods=("multistep",)),
     "afkan_ffn": AFKANFFN(
         up=AFKAN(inputs=DIM, outputs=8, norm=LayerNorm(dim=DIM), methods=("multistep",)),
@@ -214,8 +222,18 @@ LAYERS: dict[str, Layer] = {
     ),
     "kan_net": KANNet(dims=(DIM, (6, 2), 4), basis=RBF(), affine=True),
     "kan_ffn": KANFFN(dim=DIM, hidden=HIDDEN, basis=Chebyshev(), base=None),
-    "kan_conv": KANConv(inputs=DIM, outputs=6, basis=Sine(), kernel=2, padding=1),
-    "kan_patches": KANPatches(inputs=DIM, outputs=6, basis=Fourier(norm=True), kernel=2),
+    "kan_conv": KANConv(inputs=DIM, outputs=6, basis=Sine(), kernel=3, padding=1),
+    "kan_patches": KANPatches(inputs=DIM, outputs=6, basis=Fourier(norm=True), kernel=3, padding=1),
+    "skan": SKAN_LAYER,
+    "skan_ffn": SKANFFN(
+        up=SKAN_LAYER, down=SKAN(inputs=7, outputs=DIM, pool=SKAN_LAYER.pool, axes=("mlp", "embed"))
+    ),
+    "skan_conv": SConvKAN(inputs=DIM, outputs=6, pool=(Chebyshev(), RBF()), padding=1),
+    "pruned_skan": PrunedSKAN(
+        inputs=DIM,
+        outputs=7,
+        groups=((Chebyshev(), tuple(range(1, DIM))), (RBF(norm=False), (0,))),
+    ),
     "spark_ffn": SPARK_FFN,
     "gaussian_glu": GAUSSIAN_GLU,
     "block_ffn": BlockFFN(
@@ -408,8 +426,8 @@ def all_layer_classes() -> set[type]:
 
     # a class without an apply of its own holds parameters for others
     applied = {c for c in below(Layer) if c.apply is not Layer.apply}
-    packages = ("bestiary.layers.", "bestiary.zoo.")
-    return {c for c in applied if c.__module__.startswith(packages)}
+    packages, bases = ("bestiary.layers.", "bestiary.zoo."), {BlockChoice, Selectable}
+    return {c for c in applied - bases if c.__module__.startswith(packages)}
 
 
 def test_the_table_covers_every_layer_class() -> None:

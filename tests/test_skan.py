@@ -1,6 +1,7 @@
 """S-KAN: its formula in float64, what selecting leaves, what trains, in decoders and images."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,24 +16,15 @@ from bestiary.layers.base import flatten
 from bestiary.layers.kan import KAN, edges
 from bestiary.layers.kan_bases import RBF, RSWAF, Rational, ReLUBasis
 from bestiary.layers.kan_conv import KANConv
-from bestiary.layers.kan_polynomials import Chebyshev, Gram, Jacobi
+from bestiary.layers.kan_polynomials import Chebyshev, Gram
 from bestiary.layers.kan_spline import BSpline
 from bestiary.layers.kan_wavelets import Wavelet
 from bestiary.layers.skan import SKAN, SKANFFN, SConvKAN, trains
 from bestiary.layers.skan_select import PrunedSKAN, select
 from bestiary.zoo.llama import byte_llama
 
-# those of the paper's released layers, and knots that belong to inputs
-POOL = (
-    BSpline(adaptive=True),
-    RBF(),
-    RSWAF(),
-    Chebyshev(),
-    Gram(),
-    Wavelet(),
-    Jacobi(),
-    ReLUBasis(),
-)
+# with a norm, with knots that belong to inputs, with parameters of edges, and with none
+POOL = (BSpline(adaptive=True), RBF(), Wavelet(), Gram())
 SMALL = (RBF(norm=False), Chebyshev(), ReLUBasis(), Wavelet(kind="dog"))
 INPUTS, OUTPUTS = 10, 6
 X = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (5, 3, INPUTS)), jnp.float32)
@@ -99,12 +91,12 @@ def test_equals_the_formula(granularity: Any, weighting: Any) -> None:
 @granularities
 def test_each_branch_is_its_own_kan(granularity: Any) -> None:
     layer = skan(granularity=granularity)
-    params = draw_with_knots(layer)
+    params, mixed = draw_with_knots(layer), jax.jit(layer.apply)
     for p, basis in enumerate(POOL):
         kan = KAN(inputs=INPUTS, outputs=OUTPUTS, basis=basis)
         own = params[str(p)] | {name: params[name] for name in ("activation", "base")}
         every = np.full(layer.selection.shape, p)
-        close(layer.apply(choosing(layer, params, every), X), kan.apply(own, X), 1e-5)
+        close(mixed(choosing(layer, params, every), X), kan.apply(own, X), 1e-5)
 
 
 @granularities
@@ -140,6 +132,7 @@ def test_selected_equals_one_hot(granularity: Any, weighting: Any) -> None:
     shapes = jax.tree.map(jnp.shape, kept)
     assert shapes == jax.tree.map(lambda s: s.shape, pruned.abstract())
 
+    @partial(jax.jit, static_argnums=1)
     def run(params: Any, layer: Any) -> Any:
         y, pull = jax.vjp(layer.apply, params, X)
         return y, pull(jnp.cos(y))
@@ -176,6 +169,19 @@ def test_counts_and_costs_while_they_select() -> None:
     total = INPUTS * OUTPUTS * (size + 1) + INPUTS * len(SMALL) + own
     assert layer.count().total == total
     assert layer.cost(1).flops == 2 * INPUTS * OUTPUTS * (size + 1)
+
+
+@granularities
+@pytest.mark.parametrize("weighting", ["softmax", "linear"])
+def test_shares_start_equal_and_the_entropy_falls_to_0(granularity: Any, weighting: Any) -> None:
+    layer = skan(SMALL, granularity=granularity, weighting=weighting)
+    params, selection = layer.init(jax.random.key(0)), layer.selection
+    own = params["selection"]
+    np.testing.assert_array_equal(selection.shares(own), np.full((*selection.shape, 4), 0.25))
+    assert selection.undecided(own) == pytest.approx(1, rel=1e-6)
+    decided = choosing(layer, params, choices(layer))["selection"]
+    entropy, slope = jax.value_and_grad(selection.entropy)(decided)
+    assert entropy == 0 and np.isfinite(slope["weight"]).all()
 
 
 # --- phases ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from bestiary.layers import cache as kv
 from bestiary.layers.attention import Attention
 from bestiary.layers.base import Array, Aux, Context, Layer, Tree, layer
+from bestiary.layers.block_choice import BlockChoice
 from bestiary.layers.cache_eviction import Evicting
 from bestiary.layers.linear import project
 
@@ -46,7 +47,8 @@ class SharedKV(Layer):
     norm(x), x being what enters the first: [batch, seq, dim] -> the same.
 
     Two blocks make cross-layer attention, with half the cache; one `Repeat` of all upper layers
-    makes YOCO. Raises ValueError for a cache policy that follows the attention of one layer.
+    makes YOCO. Raises ValueError for a source that chooses blocks of keys by its own queries, and
+    for a cache policy that follows the attention of one layer.
     """
 
     source: Attention
@@ -55,6 +57,9 @@ class SharedKV(Layer):
     blocks: Layer
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, BlockChoice):
+            name = type(self.source).__name__
+            raise ValueError(f"source: {name}; need attention that chooses no blocks of keys")
         if isinstance(self.source.cache, Evicting):
             name = type(self.source.cache).__name__
             raise ValueError(

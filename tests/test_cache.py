@@ -502,6 +502,12 @@ def test_bytes_by_hand() -> None:
             "source.cache: H2O; keys of several layers need one that asks for no attention",
         ),
         (
+            lambda: SharedKV(
+                source=MoBA(**SIZES, block_size=4, top_k=2), norm=NORM, blocks=Chain(layers=())
+            ),
+            "source: MoBA; need attention that chooses no blocks of keys",
+        ),
+        (
             lambda: cross_layer(vocab_size=9, num_layers=3, attention=Attention(**SIZES), ffn=FFN),
             "sharing: 2 does not divide num_layers 3",
         ),

@@ -106,7 +106,7 @@ def select(layer: Layer, params: Tree) -> tuple[Layer, Tree]:
         return replace(layer, up=up[0], down=down[0]), {"up": up[1], "down": down[1]}
     if not isinstance(layer, Selectable):
         raise ValueError(f"layer: {type(layer).__name__}; need SKAN, SConvKAN or SKANFFN")
-    share = layer.selection.apply(params["selection"])
+    share = layer.selection.shares(params["selection"])
     choice, sign = np.asarray(jnp.abs(share).argmax(-1)), jnp.sign(share)
     if choice.ndim == 0:
         p = int(choice)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from arrays import close, draw
 
@@ -197,6 +198,55 @@ def test_what_trains() -> None:
         trains(ffn, 3)
     pruned, kept = select(ffn, ffn.init(jax.random.key(0)))
     assert jax.tree.structure(trains(pruned, 3)) == jax.tree.structure(kept)
+
+
+def test_three_phases_find_a_basis() -> None:
+    """Curves train, then nothing but the choice, then what is left, which beats a wrong basis."""
+    wrong, right = Chebyshev(degree=1), RBF(norm=False, low=-1, high=1, num_centres=6)
+    x = jnp.linspace(-1, 1, 64).reshape(1, 64, 1)
+    target = jnp.sin(3 * np.pi * x)
+    ffn = SKANFFN(up=skan((wrong, right), 1, 3), down=skan((wrong, right), 3, 1))
+
+    def entropies(ffn: SKANFFN, params: Any) -> Any:
+        pairs = [(getattr(ffn, name), params[name]) for name in ("up", "down")]
+        found = [s.selection.entropy(p["selection"]) for s, p in pairs if isinstance(s, SKAN)]
+        return jnp.array(found)
+
+    @partial(jax.jit, static_argnums=0)
+    def fit(ffn: SKANFFN, on: Any, rate: float, entropy: float, params: Any) -> Any:
+        """Parameters after Adam on those that are on, and the last step's error."""
+        tx = optax.adam(1.0)
+
+        def loss(params: Any) -> Any:
+            error = jnp.square(ffn.apply(params, x)[0] - target).mean()
+            return error + entropy * entropies(ffn, params).sum(), error
+
+        def step(carry: Any, _: None) -> Any:
+            params, state = carry
+            grads, error = jax.grad(loss, has_aux=True)(params)
+            grads = jax.tree.map(lambda on, g: jnp.where(on, g, 0), on, grads)
+            updates, state = tx.update(grads, state)
+            return (jax.tree.map(lambda p, u: p + rate * u, params, updates), state), error
+
+        (params, _), error = jax.lax.scan(step, (params, tx.init(params)), length=300)
+        return params, error[-1]
+
+    params, _ = fit(ffn, trains(ffn, 1), 0.02, 0.0, ffn.init(jax.random.key(0)))
+    chosen, _ = fit(ffn, trains(ffn, 2), 0.1, 3.0, params)
+    for path, value in flatten(chosen):
+        if "selection" not in path:
+            np.testing.assert_array_equal(value, dict(flatten(params))[path])
+    largest = np.log(2) * np.array([1, 3])
+    assert (entropies(ffn, chosen) < np.minimum(entropies(ffn, params), 0.5 * largest)).all()
+    pruned, kept = select(ffn, chosen)
+    assert isinstance(pruned.up, PrunedSKAN) and isinstance(pruned.down, PrunedSKAN)
+    _, error = fit(pruned, trains(pruned, 3), 0.02, 0.0, kept)
+    alone = SKANFFN(
+        up=KAN(inputs=1, outputs=3, basis=wrong),
+        down=KAN(inputs=3, outputs=1, basis=wrong, axes=("mlp", "embed")),
+    )
+    _, worst = fit(alone, trains(alone, 1), 0.02, 0.0, alone.init(jax.random.key(0)))
+    assert error < worst / 4
 
 
 # --- in models ------------------------------------------------------------------------------------

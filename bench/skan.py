@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of each phase")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rate", type=float, default=0.1, help="of the selection weights")
-    parser.add_argument("--entropy", type=float, default=0.1, help="in phase 2")
+    parser.add_argument("--entropy", type=float, default=0.3, help="in phase 2")
     o = parser.parse_args()
     print("| target | parameters | best basis | worst basis | S-KAN | undecided, at most |")
     print("|---|---:|---|---|---:|---:|", flush=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers.activations import Silu
-from bestiary.layers.base import Array, Layer, Param, Tree, layer, positive
+from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, positive
 from bestiary.layers.kan import KAN, Scale
 from bestiary.layers.kan_basis import Basis
 from bestiary.layers.memory import uniform
@@ -113,6 +113,11 @@ class KANPatches(Layer):
 
     def spec(self) -> Tree:
         return self.kan.spec()
+
+    def cost(self, length: int) -> Cost:
+        """With the unfolding, which is a product by ones and zeros."""
+        places = self.kernel**2
+        return self.kan.cost(length) + Cost(flops=2 * places**2 * self.inputs)
 
     def apply(self, params: Tree, x: Array) -> Array:
         window, strides = (self.kernel, self.kernel), (self.stride, self.stride)

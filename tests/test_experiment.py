@@ -25,10 +25,10 @@ from bestiary.train.mesh import Mesh
 from bestiary.train.objective import NextToken
 from bestiary.train.optimizer import Optimizer, Schedule
 from bestiary.train.tree_json import difference, from_json, to_json
-from bestiary.zoo.decoder import Decoder
+from bestiary.zoo.model import Model
 
 
-def models() -> dict[str, Decoder]:
+def models() -> dict[str, Model]:
     """Every configuration by name."""
     return {name: make() for name, make in zoo.models().items()}
 

@@ -7,7 +7,6 @@ made once, when its last key comes. A decoded token reads these and the blocks t
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from bestiary.kernels.block_attention import (
@@ -17,6 +16,7 @@ from bestiary.kernels.block_attention import (
     complete_blocks,
     find_places,
     gathered_attention,
+    take_by_row,
 )
 from bestiary.layers import cache as kv
 from bestiary.layers.attention import Attention
@@ -92,7 +92,7 @@ class BlockChoice(Attention):
         find = newest_piece if new["position"].shape[1] == 1 else pieces_of_document
         members, position, segment = find(keys, new, *self.piece)
         entries = {
-            name: self.represent(params, name, jax.vmap(lambda x, i: x[i])(keys[name], members))
+            name: self.represent(params, name, take_by_row(keys[name], members))
             for name in self.represented
         }
         number = blocks["position"].shape[1]

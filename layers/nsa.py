@@ -25,6 +25,7 @@ from bestiary.kernels.block_attention import (
     earlier,
     find_places,
     multiplied_keys,
+    take_by_row,
 )
 from bestiary.layers.attention import HEADS, KV_HEADS
 from bestiary.layers.base import (
@@ -258,8 +259,7 @@ class NSA(BlockChoice):
         members = jnp.broadcast_to(members, (k.shape[0], *members.shape[1:]))
 
         def compress(name: str, x: Array) -> Array:
-            gathered = jax.vmap(lambda x, i: x[i])(x, members)
-            return self.compression.compress(params[f"compress_{name}"], gathered)
+            return self.compression.compress(params[f"compress_{name}"], take_by_row(x, members))
 
         k, v = compress("key", k), compress("value", v)
         overlap = self.overlap(pieces, blocks)
@@ -293,7 +293,7 @@ class NSA(BlockChoice):
         index = next_ + jnp.arange(-before, self.block_size // stride)
         inside = (index >= 0) & (index < number)
         index = jnp.clip(index, 0, number - 1)
-        document, place = (jax.vmap(lambda x, i: x[i])(x, index) for x in pieces[1:])
+        document, place = (take_by_row(x, index) for x in pieces[1:])
         first = (blocks.place // self.block_size * self.block_size)[..., None]
         shared = jnp.minimum(place + span, first + self.block_size) - jnp.maximum(place, first)
         inside &= document == blocks.document[..., None]
@@ -311,7 +311,7 @@ class NSA(BlockChoice):
         rows = jax.lax.stop_gradient(weights).transpose(0, 3, 1, 2)
         index, share = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in overlap)
         importance = sum(
-            jax.vmap(lambda x, i: x[i])(rows, index[..., n]) * share[..., n, None, None]
+            take_by_row(rows, index[..., n]) * share[..., n, None, None]
             for n in range(index.shape[2])
         )
         importance = jnp.transpose(importance, (0, 3, 2, 1))

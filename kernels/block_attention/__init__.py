@@ -13,4 +13,5 @@ from bestiary.kernels.block_attention.blocks import choose as choose
 from bestiary.kernels.block_attention.blocks import complete_blocks as complete_blocks
 from bestiary.kernels.block_attention.blocks import earlier as earlier
 from bestiary.kernels.block_attention.blocks import find_places as find_places
+from bestiary.kernels.block_attention.blocks import take_by_row as take_by_row
 from bestiary.kernels.block_attention.gathered import gathered_attention as gathered_attention

@@ -139,7 +139,12 @@ def block_keys(places: Places, blocks: Blocks, length: int) -> Array:
     """The indices of the keys of complete blocks: int32 [batch or 1, C, length]."""
     slots = places.place.shape[1]
     index = jnp.minimum(blocks.start[..., None] + jnp.arange(length), slots - 1)
-    return index if places.order is None else jax.vmap(lambda o, i: o[i])(places.order, index)
+    return index if places.order is None else take_by_row(places.order, index)
+
+
+def take_by_row(x: Array, index: Array) -> Array:
+    """x[b, index[b, ...]] of every row b: [batch, S, ...], [batch, ...] -> [batch, ..., ...]."""
+    return jax.vmap(lambda x, i: x[i])(x, index)
 
 
 def earlier(places: Places, blocks: Blocks, size: int) -> Array:

@@ -19,11 +19,10 @@ from bestiary.layers.base import (
     positive,
     weight,
 )
-from bestiary.layers.linear import Linear
 from bestiary.layers.norms import LayerNorm
 from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.sharding import dot
-from bestiary.zoo.model import Model, per_image
+from bestiary.zoo.model import ImageModel, per_image
 
 PLACES = ("batch", None, None, "embed")
 
@@ -115,12 +114,10 @@ class Down(Layer):
 
 
 @layer
-class ConvNet(Model):
+class ConvNet(ImageModel):
     """Images [batch, height, width, channels] -> (logits float32 [batch, classes], Aux): a
     convolution, stages of blocks, each of half the places a side, a norm, the mean over all places,
     and the head."""
-
-    unit = "image"
 
     height: int
     width: int
@@ -142,12 +139,6 @@ class ConvNet(Model):
         first: Any = self.stacks[0].block
         return Conv(inputs=self.channels, outputs=first.dim)
 
-    @property
-    def head(self) -> Linear:
-        return Linear(
-            inputs=self.norm.dim, outputs=self.classes, axes=("embed", "vocab"), bias=True
-        )
-
     def spec(self) -> Tree:
         parts = {"stem": self.stem, "blocks": self.blocks, "norm": self.norm}
         return parts | {"head": self.head}
@@ -164,10 +155,7 @@ class ConvNet(Model):
         return self.stored(total)
 
     def apply(self, params: Tree, images: Array, ctx: Context = Context()) -> tuple[Array, Aux]:
-        if images.shape[1:] != (self.height, self.width, self.channels):
-            need = (self.height, self.width, self.channels)
-            raise ValueError(f"images: of shape {images.shape[1:]}; need {need}")
-        x = self.stem.apply(params["stem"], images.astype(self.precision.compute))
+        x = self.stem.apply(params["stem"], self.checked(images))
         x, _, aux = self.blocks.apply(params["blocks"], x, ctx)
         x = self.norm.apply(params["norm"], x).mean((1, 2))
         return self.head.apply(params["head"], x, jnp.float32), Aux.join(blocks=aux)

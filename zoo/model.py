@@ -6,7 +6,9 @@ from typing import Self
 
 import jax.numpy as jnp
 
-from bestiary.layers.base import Cost, Layer, Param, Precision, Tree, map_params, normal
+from bestiary.layers.base import Array, Cost, Layer, Param, Precision, Tree, map_params, normal
+from bestiary.layers.linear import Linear
+from bestiary.layers.norms import LayerNorm
 from bestiary.layers.repeat import Chain, Repeat
 
 
@@ -63,6 +65,32 @@ class Model(Layer):
         """`cost` of the parts, which declare float32, with the bytes of what is stored."""
         share = jnp.dtype(self.precision.params).itemsize / 4
         return replace(cost, bytes=cost.bytes * share, active_bytes=cost.active_bytes * share)
+
+
+class ImageModel(Model):
+    """The base of those that classify images [batch, height, width, channels] by a head behind
+    `norm`."""
+
+    unit = "image"
+
+    height: int
+    width: int
+    channels: int
+    classes: int
+    norm: LayerNorm
+
+    @property
+    def head(self) -> Linear:
+        return Linear(
+            inputs=self.norm.dim, outputs=self.classes, axes=("embed", "vocab"), bias=True
+        )
+
+    def checked(self, images: Array) -> Array:
+        """The images in the compute type. Raises ValueError for another size."""
+        need = (self.height, self.width, self.channels)
+        if images.shape[1:] != need:
+            raise ValueError(f"images: of shape {images.shape[1:]}; need {need}")
+        return images.astype(self.precision.compute)
 
 
 def per_image(cost: Cost, tokens: int) -> Cost:

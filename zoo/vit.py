@@ -32,22 +32,20 @@ from bestiary.layers.norms import LayerNorm
 from bestiary.layers.repeat import Repeat
 from bestiary.layers.sharding import shard
 from bestiary.zoo.decoder import STREAM, Block
-from bestiary.zoo.model import Model, per_image
+from bestiary.zoo.model import ImageModel, per_image
 
 Pool = Literal["class", "mean"]
 Positions = Literal["learned", "sincos"]
 
 
 @layer
-class ViT(Model):
+class ViT(ImageModel):
     """Images [batch, height, width, channels] -> (logits float32 [batch, classes], Aux).
 
     Tokens are the class token, the patches row by row, and the registers, which learn to hold what
     is global. Raises ValueError for sizes that patches do not fill, and for sin-cos positions of a
     width that is no multiple of 4.
     """
-
-    unit = "image"
 
     height: int
     width: int
@@ -99,12 +97,6 @@ class ViT(Model):
         pixels = self.patch * self.patch * self.channels
         return Linear(inputs=pixels, outputs=self.norm.dim, axes=(None, "embed"), bias=True)
 
-    @property
-    def head(self) -> Linear:
-        return Linear(
-            inputs=self.norm.dim, outputs=self.classes, axes=("embed", "vocab"), bias=True
-        )
-
     def spec(self) -> Tree:
         dim, axes = self.norm.dim, (None, "embed")
         spec: Tree = {"patches": self.embedding, "blocks": self.blocks}
@@ -149,11 +141,8 @@ class ViT(Model):
 
     def cut(self, images: Array) -> Array:
         """[batch, height, width, channels] -> [batch, patches, pixels] in the compute type."""
-        if images.shape[1:] != (self.height, self.width, self.channels):
-            need = (self.height, self.width, self.channels)
-            raise ValueError(f"images: of shape {images.shape[1:]}; need {need}")
         (rows, columns), side = self.grid, self.patch
-        x = images.astype(self.precision.compute)
+        x = self.checked(images)
         x = x.reshape(-1, rows, side, columns, side, self.channels).swapaxes(2, 3)
         return x.reshape(-1, rows * columns, side * side * self.channels)
 

@@ -20,10 +20,11 @@ from bestiary.layers.base import (
     constant,
     layer,
     positive,
+    uniform,
     update,
 )
 from bestiary.layers.batch_norm import run
-from bestiary.layers.memory import uniform
+from bestiary.layers.feedforward import check_back
 from bestiary.layers.sharding import dot
 
 Function = Literal["quad1", "quad2", "sum", "prod", "sum_prod", "cubic1", "cubic2"]
@@ -211,11 +212,7 @@ class AFKANFFN(Layer):
 
     def __post_init__(self) -> None:
         up, down = self.up, self.down
-        if (up.inputs, up.outputs) != (down.outputs, down.inputs):
-            raise ValueError(
-                f"down: {down.inputs} to {down.outputs}; need {up.outputs} to {up.inputs}, back "
-                "from where up leads"
-            )
+        check_back(up, down)
         if up.methods != down.methods:
             raise ValueError(f"down.methods: {down.methods}; need those of up, {up.methods}")
 

@@ -44,6 +44,11 @@ def normal(std: float) -> Initializer:
     return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
 
 
+def uniform(bound: float) -> Initializer:
+    """Between -bound and bound."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 @dataclass(frozen=True)
 class Param:
     """One declared parameter, cache entry or state.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 
@@ -97,6 +98,16 @@ def down(
 def nonzero(h: Array, ctx: Context) -> Array:
     """Share of the hidden activations [batch, seq, hidden] that are not exactly zero: float32."""
     return ctx.mean(h != 0).mean()
+
+
+def check_back(up: Any, down: Any) -> None:
+    """Raises ValueError unless the second of two layers with `inputs` and `outputs` leads back from
+    where the first one does."""
+    if (up.inputs, up.outputs) != (down.outputs, down.inputs):
+        raise ValueError(
+            f"down: {down.inputs} to {down.outputs}; need {up.outputs} to {up.inputs}, back from "
+            "where up leads"
+        )
 
 
 @layer

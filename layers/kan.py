@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers.activations import Silu
-from bestiary.layers.base import Array, Layer, Param, Tree, constant, layer, ones, positive
+from bestiary.layers.base import Array, Layer, Param, Tree, constant, layer, ones, positive, uniform
 from bestiary.layers.kan_basis import Basis, EdgeAxes
-from bestiary.layers.memory import uniform
 from bestiary.layers.sharding import dot
 
 Scale = Literal["none", "constant", "uniform"]

@@ -10,73 +10,87 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers.activations import Silu
-from bestiary.layers.base import Array, Initializer, Layer, Param, Tree, layer, normal, positive
+from bestiary.layers.base import (
+    Array,
+    Initializer,
+    Layer,
+    Param,
+    Tree,
+    layer,
+    normal,
+    positive,
+    uniform,
+)
 from bestiary.layers.kan_basis import Basis, EdgeAxes, GridBasis, centres, stack
-from bestiary.layers.memory import uniform
 
 
 @layer
-class RBF(GridBasis):
-    """FastKAN: exp(-((z - c_j) / h)^2) around `num_centres` points from low to high, h apart (Li
-    2024, arXiv 2405.06721). Coefficients start normal with std 0.1."""
+class Bumps(GridBasis):
+    """The base of bumps around `num_centres` points from low to high, in equal steps.
+
+    Raises ValueError for fewer than 2 centres, or `low` not below `high`.
+    """
 
     num_centres: int = 8
-    low: float = -2.0
-    high: float = 2.0
+    low: float = -1.0
+    high: float = 1.0
     norm: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_centres(self.num_centres, self.low, self.high)
+        if self.num_centres < 2:
+            raise ValueError(f"num_centres: {self.num_centres}; need at least 2")
+        if not self.low < self.high:
+            raise ValueError(f"low: {self.low}; need less than high={self.high}")
 
     @property
     def size(self) -> int:
         return self.num_centres
+
+    def domain(self, params: Tree) -> tuple[Any, Any]:
+        del params
+        return self.low, self.high
+
+    def bump(self, d: Array) -> Array:
+        """At a distance d from its centre."""
+        raise NotImplementedError
+
+    def functions(self, params: Tree, z: Array) -> Array:
+        del params
+        c = centres(self.low, self.high, self.num_centres)
+        return stack(lambda j: self.bump(z - c[j]), self.size)
+
+
+@layer
+class RBF(Bumps):
+    """FastKAN: exp(-(d / h)^2), h the step between centres (Li 2024, arXiv 2405.06721).
+    Coefficients start normal with std 0.1."""
+
+    low: float = -2.0
+    high: float = 2.0
 
     def initial(self, inputs: int, outputs: int) -> Initializer:
         del inputs, outputs
         return normal(0.1)
 
-    def domain(self, params: Tree) -> tuple[Any, Any]:
-        del params
-        return self.low, self.high
-
-    def functions(self, params: Tree, z: Array) -> Array:
-        del params
-        c = centres(self.low, self.high, self.num_centres)
+    def bump(self, d: Array) -> Array:
         h = (self.high - self.low) / (self.num_centres - 1)
-        return stack(lambda j: jnp.exp(-jnp.square((z - c[j]) / h)), self.size)
+        return jnp.exp(-jnp.square(d / h))
 
 
 @layer
-class RSWAF(GridBasis):
-    """FasterKAN: 1 - tanh^2(z - c_j) around `num_centres` points from low to high; their distance
-    is no factor, as in the released forward pass. Coefficients start Xavier-uniform."""
+class RSWAF(Bumps):
+    """FasterKAN: 1 - tanh^2(d); the distance between centres is no factor, as in the released
+    forward pass. Coefficients start Xavier-uniform."""
 
-    num_centres: int = 8
     low: float = -1.2
     high: float = 0.2
-    norm: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_centres(self.num_centres, self.low, self.high)
-
-    @property
-    def size(self) -> int:
-        return self.num_centres
 
     def initial(self, inputs: int, outputs: int) -> Initializer:
         return uniform(math.sqrt(6 / (inputs * self.size + outputs)))
 
-    def domain(self, params: Tree) -> tuple[Any, Any]:
-        del params
-        return self.low, self.high
-
-    def functions(self, params: Tree, z: Array) -> Array:
-        del params
-        c = centres(self.low, self.high, self.num_centres)
-        return stack(lambda j: 1 - jnp.square(jnp.tanh(z - c[j])), self.size)
+    def bump(self, d: Array) -> Array:
+        return 1 - jnp.square(jnp.tanh(d))
 
 
 @layer
@@ -210,6 +224,9 @@ class Rational(Basis):
     def size(self) -> int:
         return 1
 
+    def why_numbered(self) -> str | None:
+        return None if self.groups == 1 else f"groups {self.groups}; need 1"
+
     def initial(self, inputs: int, outputs: int) -> Initializer:
         del outputs
         return uniform(1 / math.sqrt(inputs))
@@ -231,10 +248,3 @@ class Rational(Basis):
         if self.residual is not None:
             y += self.residual.apply(params["residual"], z)
         return y[..., None, :]
-
-
-def check_centres(num: int, low: float, high: float) -> None:
-    if num < 2:
-        raise ValueError(f"num_centres: {num}; need at least 2")
-    if not low < high:
-        raise ValueError(f"low: {low}; need less than high, {high}")

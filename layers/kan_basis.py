@@ -39,6 +39,10 @@ class Basis(Layer):
         """Normalised float32 [..., inputs] -> float32 [..., size, inputs]."""
         raise NotImplementedError
 
+    def why_numbered(self) -> str | None:
+        """Why the functions of an input depend on the number that it has; None: they do not."""
+        return None
+
     def initial(self, inputs: int, outputs: int) -> Initializer:
         """Draws the coefficients [size, inputs, outputs]."""
         del outputs

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from bestiary.layers.activations import Silu
-from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, positive
+from bestiary.layers.base import Array, Cost, Layer, Param, Tree, layer, positive, uniform
 from bestiary.layers.kan import KAN, Scale
 from bestiary.layers.kan_basis import Basis
-from bestiary.layers.memory import uniform
 
 AXES = (None, None, "embed", "mlp")
 LAYOUT = ("NHWC", "HWIO", "NHWC")

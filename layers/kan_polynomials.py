@@ -9,9 +9,8 @@ import math
 
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Initializer, Param, Tree, layer, normal
+from bestiary.layers.base import Array, Initializer, Param, Tree, layer, normal, uniform
 from bestiary.layers.kan_basis import EdgeAxes, GridBasis, Outside
-from bestiary.layers.memory import uniform
 
 
 @layer

@@ -6,9 +6,8 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from bestiary.layers.base import Array, Initializer, Param, Tree, layer, ones
+from bestiary.layers.base import Array, Initializer, Param, Tree, layer, ones, uniform
 from bestiary.layers.kan_basis import Basis, EdgeAxes
-from bestiary.layers.memory import uniform
 
 Kind = Literal["mexican_hat", "morlet", "dog", "meyer", "shannon"]
 
@@ -42,6 +41,9 @@ class Wavelet(Basis):
     @property
     def size(self) -> int:
         return 1
+
+    def why_numbered(self) -> str | None:
+        return "window True; need False" if self.window else None
 
     def initial(self, inputs: int, outputs: int) -> Initializer:
         del outputs

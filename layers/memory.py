@@ -19,13 +19,13 @@ from bestiary.layers.base import (
     Aux,
     Context,
     Cost,
-    Initializer,
     Layer,
     Param,
     Tree,
     layer,
     normal,
     positive,
+    uniform,
     weight,
 )
 from bestiary.layers.linear import project
@@ -63,10 +63,6 @@ def top_k(x: Array, k: int) -> list[Array]:
 def pick(x: Array, index: Array) -> Array:
     """x[..., index] along the last axis, batched over the others."""
     return jnp.take_along_axis(x, index, -1, mode="promise_in_bounds")
-
-
-def uniform(bound: float) -> Initializer:
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 Tables = dict[str, Table]

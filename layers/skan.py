@@ -27,12 +27,10 @@ from bestiary.layers.base import (
     positive,
     zeros,
 )
-from bestiary.layers.feedforward import HIDDEN
+from bestiary.layers.feedforward import HIDDEN, check_back
 from bestiary.layers.kan import KAN
-from bestiary.layers.kan_bases import Rational
 from bestiary.layers.kan_basis import Basis, EdgeAxes
 from bestiary.layers.kan_conv import KANConv
-from bestiary.layers.kan_wavelets import Wavelet
 from bestiary.layers.sharding import shard
 
 Weighting = Literal["softmax", "linear"]
@@ -171,10 +169,8 @@ class SKAN(Selectable):
             raise ValueError(f"granularity: {self.granularity!r}; need one of {known}")
         super().__post_init__()
         for basis in self.pool if self.granularity != "layer" else ():
-            if isinstance(basis, Rational) and basis.groups > 1:
-                raise ValueError(f"pool: Rational with groups {basis.groups}; need 1 in nodes")
-            if isinstance(basis, Wavelet) and basis.window:
-                raise ValueError("pool: Wavelet with window True; need False in nodes")
+            if (reason := basis.why_numbered()) is not None:
+                raise ValueError(f"pool: {type(basis).__name__} with {reason} in nodes")
 
     @property
     def selection(self) -> Selection:
@@ -238,17 +234,13 @@ class SKANFFN(Layer):
     """Phase 2: 0.1 or more, with weights that move by 0.1 a step; 0.003 leaves nodes undecided."""
 
     def __post_init__(self) -> None:
-        up, down = widths(self.up), widths(self.down)
-        if up != down[::-1]:
-            raise ValueError(
-                f"down: {down[0]} to {down[1]}; need {up[1]} to {up[0]}, back from where up leads"
-            )
+        check_back(self.up, self.down)
         if self.entropy < 0:
             raise ValueError(f"entropy: {self.entropy}; need 0 or more")
 
     @property
     def dim(self) -> int:
-        return widths(self.up)[0]
+        return self.up.inputs  # type: ignore[attr-defined]
 
     def spec(self) -> Tree:
         return {"up": self.up, "down": self.down}
@@ -267,10 +259,6 @@ class SKANFFN(Layer):
         selection, own = layer.selection, params["selection"]
         losses = {"selection": self.entropy * selection.entropy(own)} if self.entropy else {}
         return Aux(losses, {"undecided": selection.undecided(own)})
-
-
-def widths(layer: Any) -> tuple[int, int]:
-    return layer.inputs, layer.outputs
 
 
 def trains(layer: Layer, phase: Phase) -> Tree:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bestiary.layers.base import Layer, Param, Tree
 from bestiary.train.corpus import Corpus, read_corpus
-from bestiary.train.dataset import Batch, Dataset, Loaded, ahead, local_rows
+from bestiary.train.dataset import Batch, Dataset, Loaded, ahead, local_rows, of_epochs
 from bestiary.train.tasks import is_task, read_task
 from bestiary.train.tokenizer import Tokenizer, load_tokenizer
 from bestiary.zoo.decoder import Decoder
@@ -189,12 +189,8 @@ def train_iterator(
 
     def batch(step: int) -> Batch:
         first = step * data.batch_size + process_index * local
-        epochs, row = np.divmod(np.arange(first, first + local), rows)
-        starts = [
-            epoch_starts(epoch)[row[epochs == epoch]]
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-        return cut_rows(corpus, np.concatenate(starts), data.length, data.isolate_documents)
+        starts = of_epochs(epoch_starts, rows, first, local)
+        return cut_rows(corpus, starts, data.length, data.isolate_documents)
 
     steps = grain.MapDataset.range(sys.maxsize // data.batch_size).map(batch)
     return iter(steps.to_iter_dataset(ahead()))

@@ -5,6 +5,7 @@ Also its plain form, rows of arrays in memory, shuffled anew in every epoch.
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -104,9 +105,7 @@ class Table(Loaded):
             return np.random.default_rng((seed, epoch)).permutation(n)
 
         def batch(step: int) -> Batch:
-            first = step * size + index * local
-            epochs, row = np.divmod(np.arange(first, first + local), n)
-            at = np.array([order(int(e))[r] for e, r in zip(epochs, row, strict=True)])
+            at = of_epochs(order, n, step * size + index * local, local)
             rows = {name: x[at] for name, x in self.training_rows.items()}
             return self.prepare(rows) | {"weights": np.ones(local, np.float32)}
 
@@ -138,6 +137,14 @@ def local_rows(batch_size: int, index: int, count: int) -> int:
     if not 0 <= index < count:
         raise ValueError(f"process_index={index} must be below {count}")
     return batch_size // count
+
+
+def of_epochs(order: Callable[[int], np.ndarray], n: int, first: int, count: int) -> np.ndarray:
+    """`count` entries from `first` on of the endless series order(0), order(1), ..., [n] each."""
+    epochs, place = np.divmod(np.arange(first, first + count), n)
+    return np.concatenate(
+        [order(epoch)[place[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
+    )
 
 
 def ahead() -> "grain.ReadOptions":

@@ -1,10 +1,10 @@
 """Comparisons at several lengths of rows side by side: what grows, and how fast."""
 
-import json
 from pathlib import Path
 
-from bestiary.eval.compare_report import Table, averaged, markdown, mebibytes, put
+from bestiary.eval.compare_report import Table, averaged, markdown, mebibytes
 from bestiary.eval.compare_statistics import Found
+from bestiary.train.files import put, put_figure, put_json
 
 FIGURES: dict[str, tuple[str, str]] = {
     "validation_loss": ("Held-out loss (nats)", ".4f"),
@@ -43,7 +43,7 @@ def tables(comparisons: list[Found]) -> list[Table]:
 def write(out: Path, command: str, comparisons: list[Found]) -> None:
     """Writes lengths.json, lengths.md and lengths.png into `out`, each of which appears whole."""
     found = {"command": command, "comparisons": comparisons}
-    put(out / "lengths.json", json.dumps(found, indent=2) + "\n")
+    put_json(out / "lengths.json", found)
     put(out / "lengths.md", markdown(command, tables(comparisons), NOTES))
     draw(out, comparisons)
 
@@ -77,6 +77,4 @@ def draw(out: Path, comparisons: list[Found]) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.axes[-1].legend(handles, labels)
-    beside = out / "lengths.tmp.png"
-    figure.savefig(beside, dpi=120)
-    beside.replace(out / "lengths.png")
+    put_figure(out / "lengths.png", figure)

@@ -1,12 +1,12 @@
 """What a comparison found, as JSON, Markdown tables and a picture."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from bestiary.eval.compare_statistics import Found
+from bestiary.train.files import put, put_figure, put_json
 from bestiary.train.log import read_metrics
 
 
@@ -143,7 +143,7 @@ in the worst one, and entropy of the load as a share of that of equal loads; of 
 def write(out: Path, comparison: Found) -> None:
     """Writes comparison.json, comparison.md and comparison.png into `out`, each of which appears
     whole."""
-    put(out / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+    put_json(out / "comparison.json", comparison)
     put(out / "comparison.md", markdown(comparison["command"], tables(comparison), NOTES))
     draw(out, comparison)
 
@@ -159,12 +159,6 @@ def markdown(command: str, found: list[Table], notes: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def put(path: Path, text: str) -> None:
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def draw(out: Path, comparison: Found) -> None:
@@ -194,9 +188,7 @@ def draw(out: Path, comparison: Found) -> None:
         axis.set_xlabel(name)
     for axis in (curves, *finals):
         axis.grid(alpha=0.3)
-    beside = out / "comparison.tmp.png"
-    figure.savefig(beside, dpi=120)
-    beside.replace(out / "comparison.png")
+    put_figure(out / "comparison.png", figure)
 
 
 def _curves(runs: list[Path]) -> tuple[list[int], np.ndarray]:

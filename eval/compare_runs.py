@@ -25,6 +25,7 @@ from bestiary.train import step
 from bestiary.train.checkpoint import load_run
 from bestiary.train.data import Data, load, validation_batches
 from bestiary.train.experiment import Experiment, language_model
+from bestiary.train.files import put_json
 from bestiary.train.log import read_metrics
 from bestiary.train.loop import Interrupted
 from bestiary.train.mesh import Mesh
@@ -140,7 +141,7 @@ class Comparison:
             keep(self.out, self.settings)
         train(experiment, name)
         found = measure(run_dir)
-        _write_json(run_dir / RESULT, found)
+        put_json(run_dir / RESULT, found)
         return found
 
     def found(self) -> Found:
@@ -212,7 +213,7 @@ def step_memory(experiment: Experiment) -> int:
 
 def keep(out: Path, settings: Found) -> None:
     """Writes SETTINGS."""
-    _write_json(out / SETTINGS, settings)
+    put_json(out / SETTINGS, settings)
 
 
 def _run_dir(out: Path, name: str, seed: int) -> Path:
@@ -221,9 +222,3 @@ def _run_dir(out: Path, name: str, seed: int) -> Path:
 
 def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    beside.replace(path)

@@ -11,7 +11,7 @@ import numpy as np
 
 from bestiary.eval import kan_picture
 from bestiary.eval.fit_equation import solve
-from bestiary.eval.fit_folder import begin, finish, save_params
+from bestiary.eval.fit_folder import once, save_params
 from bestiary.eval.fit_options import Fit, report
 from bestiary.eval.kan_attribution import num_edges, penalty, prune
 from bestiary.eval.kan_formula import Sum, formulas
@@ -20,6 +20,7 @@ from bestiary.layers.base import Array, Param, Tree
 from bestiary.layers.kan_net import KANNet, refine_grids
 from bestiary.train import fit as training
 from bestiary.train.equations import EquationName
+from bestiary.train.files import put_figure
 from bestiary.train.fit import Network, Scaling
 from bestiary.train.minimise import minimise
 from bestiary.train.samples import Samples, example, read
@@ -31,21 +32,13 @@ def run(options: Fit) -> int:
     """Fits, or says what a finished fit found. Raises ValueError for what cannot be done."""
     if options.source in get_args(EquationName):
         return solve(options)
-    if options.viscosity is not None:
-        raise ValueError(f"viscosity: {options.viscosity}; only burgers has one")
     samples = example() if options.source == "example" else read(options.source, options.target)
     out = Path(options.out or f"runs/fit_{Path(options.source).stem}")
     widths = options.widths(len(samples.names))
     net = options.build(widths)
     data = {"rows": len(samples.y), "crc32": zlib.crc32(samples.x.tobytes() + samples.y.tobytes())}
     settings = {k: v for k, v in asdict(options).items() if k != "out"} | {"data": data}
-    result = begin(out, settings)
-    if result is None:
-        result = Regression(options, out, samples, net).run()
-        finish(out, settings, result)
-    else:
-        print(f"{out} holds this fit already")
-    report(out, result)
+    report(out, once(out, settings, "fit", lambda: Regression(options, out, samples, net).run()))
     return 0
 
 
@@ -152,9 +145,9 @@ class Regression:
         else:
             edges = list(tables(net, params, x))
         figure = kan_picture.graph(states, x, names, outputs)
-        kan_picture.save(figure, self.out / "graph.png")
+        put_figure(self.out / "graph.png", figure)
         figure = kan_picture.edge_curves(edges, names, outputs, len(net.layers) - 1)
-        kan_picture.save(figure, self.out / "edges.png")
+        put_figure(self.out / "edges.png", figure)
         return found
 
     def formula(self, net: KANNet, params: Tree, edges: list[Edge]) -> dict[str, Any]:
@@ -197,4 +190,4 @@ class Regression:
         axis.set(yscale="log", xlabel="step", ylabel=f"RMSE of {self.samples.target}")
         axis.grid(alpha=0.3)
         axis.legend()
-        kan_picture.save(figure, self.out / "curves.png")
+        put_figure(self.out / "curves.png", figure)

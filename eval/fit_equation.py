@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bestiary.eval import kan_picture
-from bestiary.eval.fit_folder import begin, finish, save_params
+from bestiary.eval.fit_folder import once, save_params
 from bestiary.eval.fit_options import Fit, report
 from bestiary.eval.kan_symbolic import tables
 from bestiary.layers.activations import Tanh
 from bestiary.layers.base import Array, Tree
 from bestiary.layers.kan_net import KANNet
 from bestiary.layers.kan_spline import BSpline
-from bestiary.layers.perceptron import perceptron
 from bestiary.train import fit as training
 from bestiary.train.equations import EQUATIONS, Burgers, Equation
+from bestiary.train.files import put_figure
 from bestiary.train.fit import Network, Widths
 from bestiary.train.minimise import minimise
 
@@ -36,27 +36,17 @@ def solve(options: Fit) -> int:
     for name in ("prune", "symbolic", "target", "regularize"):
         if getattr(options, name):
             raise ValueError(f"{name}: not for {options.source}; only for tables")
-    if options.viscosity is not None and options.source != "burgers":
-        raise ValueError(f"viscosity: {options.viscosity}; only burgers has one")
     equation: Equation = EQUATIONS[options.source]()  # type: ignore[index]
     if options.viscosity is not None:
         equation = Burgers(options.viscosity)
     widths = options.widths(2, LAYERS[options.source])
     if options.network == "mlp":
-        if not all(isinstance(width, int) for width in widths):
-            raise ValueError("layers: multiplying nodes; need --network kan for them")
-        net: Network = perceptron(widths, lambda width: Tanh())  # type: ignore[arg-type]
+        net: Network = training.mlp(widths, Tanh())
     else:
         net = smooth_kan(options, widths)
     out = Path(options.out or f"runs/fit_{options.source}")
     settings = {name: value for name, value in asdict(options).items() if name != "out"}
-    result = begin(out, settings)
-    if result is None:
-        result = _run(options, equation, net, out)
-        finish(out, settings, result)
-    else:
-        print(f"{out} holds this solution already")
-    report(out, result)
+    report(out, once(out, settings, "solution", lambda: _run(options, equation, net, out)))
     return 0
 
 
@@ -122,14 +112,12 @@ def _run(options: Fit, equation: Equation, net: Network, out: Path) -> dict[str,
     found = np.asarray(at_points(params), np.float64)
     _draw(out, equation, found, exact, curve)
     if isinstance(net, KANNet):
-        kan_picture.save(
-            kan_picture.graph({"trained": (net, params)}, x, equation.names, ("u",)),
-            out / "graph.png",
-        )
+        figure = kan_picture.graph({"trained": (net, params)}, x, equation.names, ("u",))
+        put_figure(out / "graph.png", figure)
         figure = kan_picture.edge_curves(
             list(tables(net, params, x)), equation.names, ("u",), len(net.layers) - 1
         )
-        kan_picture.save(figure, out / "edges.png")
+        put_figure(out / "edges.png", figure)
     return {
         "parameters": training.num_trained(net),
         "loss": curve[-1][1],
@@ -177,4 +165,4 @@ def _draw(
     axes[2].set(yscale="log", xlabel="step", title="training")
     axes[2].grid(alpha=0.3)
     axes[2].legend()
-    kan_picture.save(figure, out / "solution.png")
+    put_figure(out / "solution.png", figure)

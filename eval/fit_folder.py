@@ -1,6 +1,7 @@
 """The folder of a fit: fit.json, parameters and pictures, each of which appears whole."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,27 @@ import jax
 import numpy as np
 
 from bestiary.layers.base import Tree, flatten
+from bestiary.train.files import put_json
 
 FIT = "fit.json"
 PARAMS = "params.npz"
+
+
+def once(
+    out: Path, settings: dict[str, Any], what: str, fit: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `fit` finds, or has found before with these settings, in which case it is not run; for
+    people it is a `what`.
+
+    Raises ValueError for a folder that holds something else.
+    """
+    result = begin(out, settings)
+    if result is not None:
+        print(f"{out} holds this {what} already")
+        return result
+    result = fit()
+    finish(out, settings, result)
+    return result
 
 
 def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -41,9 +60,7 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def finish(out: Path, settings: dict[str, Any], result: dict[str, Any] | None) -> None:
     """Writes fit.json, the last file of a fit."""
-    beside = out / "fit.tmp"
-    beside.write_text(json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
-    beside.replace(out / FIT)
+    put_json(out / FIT, {"settings": settings, "result": result})
 
 
 def save_params(out: Path, params: Tree) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bestiary.eval.kan_symbolic import FUNCTIONS
+from bestiary.layers.activations import Silu
 from bestiary.train import fit as training
 from bestiary.train.fit import BasisName, Network, Widths
 from bestiary.train.minimise import Method
@@ -60,6 +61,8 @@ class Fit:
     def __post_init__(self) -> None:
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test-fraction: {self.test_fraction}; need 0 or more, below 1")
+        if self.viscosity is not None and self.source != "burgers":
+            raise ValueError(f"viscosity: {self.viscosity}; only burgers has one")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: {self.steps}; need at least 1")
         if self.regularize is not None and self.regularize < 0:
@@ -95,7 +98,7 @@ class Fit:
 
     def build(self, widths: Widths) -> Network:
         if self.network == "mlp":
-            return training.mlp(widths)
+            return training.mlp(widths, Silu())
         return training.kan(widths, self.basis, self.grids[0])
 
 

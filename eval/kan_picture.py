@@ -1,7 +1,6 @@
 """Pictures of KANs: the network as a graph with its edge curves, and every edge on its own."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,10 +161,3 @@ def edge_curves(
 
 def _hidden(layer: int, node: int) -> str:
     return f"h{layer},{node + 1}"
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """The file appears whole."""
-    beside = path.with_suffix(".tmp.png")
-    figure.savefig(beside, dpi=120)
-    beside.replace(path)

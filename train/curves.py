@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bestiary.train.files import put_figure
 from bestiary.train.log import nonzero, read_metrics
 
 
@@ -42,7 +43,5 @@ def draw(run_dir: Path, unit: str) -> Path:
     axes[0].set_title(run_dir.name)
     axes[-1].set_xlabel("step")
     path = run_dir / "curves.png"
-    beside = run_dir / "curves.tmp.png"
-    figure.savefig(beside, dpi=120)
-    beside.replace(path)
+    put_figure(path, figure)
     return path

@@ -15,6 +15,7 @@ from bestiary.layers.base import Layer, Param, Tree, is_param, params_of
 from bestiary.train import tree_json
 from bestiary.train.data import Data
 from bestiary.train.dataset import Dataset
+from bestiary.train.files import put_json
 from bestiary.train.mesh import Mesh
 from bestiary.train.objective import NextToken, Objective
 from bestiary.train.optimizer import Optimizer, Schedule
@@ -165,9 +166,7 @@ def _module(name: str) -> Any:
 
 def save_experiment(experiment: Experiment, path: Path) -> None:
     """Writes what `read_experiment` reads; the file appears whole."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(tree_json.to_json(experiment), indent=2) + "\n")
-    beside.replace(path)
+    put_json(path, tree_json.to_json(experiment))
 
 
 def read_experiment(path: Path) -> Experiment:

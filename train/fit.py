@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bestiary.layers.activations import Silu
 from bestiary.layers.base import Array, Layer, Tree, params_of
 from bestiary.layers.kan_bases import RBF, Fourier
 from bestiary.layers.kan_basis import Basis
@@ -50,11 +49,11 @@ def kan(widths: Widths, name: BasisName, num_intervals: int) -> KANNet:
     return KANNet(dims=widths, basis=basis(name, num_intervals), mask=True, bias=True)
 
 
-def mlp(widths: Widths) -> Perceptron:
+def mlp(widths: Widths, activation: Layer) -> Perceptron:
     """Raises ValueError for multiplying nodes."""
     if not all(isinstance(width, int) for width in widths):
         raise ValueError("layers: multiplying nodes; need --network kan for them")
-    return perceptron(widths, lambda width: Silu())  # type: ignore[arg-type]
+    return perceptron(widths, lambda width: activation)  # type: ignore[arg-type]
 
 
 def num_trained(net: Layer) -> int:
@@ -90,10 +89,15 @@ def divide(samples: Samples, test_fraction: float, seed: int) -> tuple[Samples, 
     return train, test
 
 
+def mean_square(net: Network, params: Tree, data: tuple[Array, Array]) -> Array:
+    """Of the errors at x [n, inputs], y [n]."""
+    x, y = data
+    return jnp.mean(jnp.square(net.apply(params, x)[..., 0] - y))
+
+
 @partial(jax.jit, static_argnums=0)
 def rmse(net: Network, params: Tree, data: tuple[Array, Array]) -> Array:
-    x, y = data
-    return jnp.sqrt(jnp.mean(jnp.square(net.apply(params, x)[..., 0] - y)))
+    return jnp.sqrt(mean_square(net, params, data))
 
 
 def regridding(net: Network, x: Array) -> Callable[[Tree], Tree] | None:
@@ -123,11 +127,10 @@ def stage(
     """
 
     def loss(params: Tree, data: Any) -> Array:
-        x, y = data
-        error = jnp.mean(jnp.square(net.apply(params, x)[..., 0] - y))
+        error = mean_square(net, params, data)
         if penalty is None or not isinstance(net, KANNet):
             return error
-        return error + factor * penalty(net, params, x)
+        return error + factor * penalty(net, params, data[0])
 
     chunk, now = max(5, steps // 40), params
     for step, now, _ in minimise(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bestiary.layers.base import Tree, flatten
+from bestiary.train.files import put
 
 METRICS = "metrics.jsonl"
 _QUIET = 3.0  # seconds between two plain lines
@@ -24,9 +25,7 @@ class Log:
         """Goes on after `step`: later lines, from before a restart, are dropped."""
         self._file = run_dir / METRICS
         lines = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        beside = self._file.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        beside.replace(self._file)
+        put(self._file, "".join(json.dumps(line) + "\n" for line in lines))
         self._stream = self._file.open("a")
         self._events = _events(run_dir / "tensorboard", step)
         self._display = _Bar(step) if sys.stdout.isatty() else _Plain()

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import close, draw
+from arrays import close, draw, here_and_on, next_byte_loss
 
 from bestiary.eval.hlo import jaxpr_flops
 from bestiary.layers import (
     AFKAN,
     AFKANFFN,
-    DEFAULT_RULES,
     BatchNorm,
     Elu,
     Gelu,
@@ -26,7 +25,6 @@ from bestiary.layers import (
     Silu,
     Softplus,
     Tanh,
-    use_rules,
 )
 from bestiary.layers.base import flatten
 from bestiary.zoo.llama import byte_llama
@@ -206,31 +204,16 @@ def test_gradients_are_finite_where_all_is_0_and_far_away(scope: Any) -> None:
                 assert np.isfinite(np.asarray(array, np.float32)).all(), (function, value)
 
 
-def run(params: Any, x: jax.Array) -> Any:
-    y, pull = jax.vjp(lambda *args: FFN.apply(*args)[0], params, x)
-    return y, pull(jnp.cos(y))
-
-
 def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     params, x = draw(FFN), jnp.asarray(X)
-    expected = jax.jit(run)(params, x)
-    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
-        placed = jax.device_put(params, jax.tree.map(lambda s: s.sharding, FFN.abstract(mesh)))
-        actual = jax.jit(run)(placed, x)
+    expected, actual = here_and_on(mesh, FFN, lambda *args: FFN.apply(*args)[0], params, x)
     near(actual, expected)
 
 
 def test_a_decoder_trains_with_it() -> None:
     ffn = AFKANFFN(up=afkan(64, 48), down=afkan(48, 64, axes=("mlp", "embed")))
     model = byte_llama(1, 64, ffn)
-    params, tokens = model.init(jax.random.key(0)), jnp.arange(20).reshape(2, 10)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params: Any) -> jax.Array:
-        scores = jax.nn.log_softmax(model.apply(params, tokens)[0][:, :-1])
-        return -jnp.take_along_axis(scores, tokens[:, 1:, None], -1).mean()
-
+    params, loss = model.init(jax.random.key(0)), next_byte_loss(model)
     before, grads = loss(params)
     for path, g in flatten(grads):
         assert np.any(g) or path.endswith("score/bias"), path

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import close, draw
+from arrays import close, draw, here_and_on, next_byte_loss
 
 from bestiary.eval.hlo import jaxpr_flops
-from bestiary.layers import DEFAULT_RULES, GRKAN, MLP, Gelu, GroupRational, use_rules
+from bestiary.layers import GRKAN, MLP, Gelu, GroupRational
 from bestiary.layers.base import flatten
 from bestiary.layers.grkan import kan_mimetic
 from bestiary.layers.rational import COEFFICIENTS, group_rational
@@ -128,28 +128,13 @@ def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     """Groups of 5 units do not end where the shards do."""
     params = draw(FFN)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, DIM)), jnp.float32)
-
-    def run(params: Any, x: jax.Array) -> Any:
-        y, pull = jax.vjp(lambda *args: FFN.apply(*args)[0], params, x)
-        return y, pull(jnp.cos(y))
-
-    expected = jax.jit(run)(params, x)
-    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
-        placed = jax.device_put(params, jax.tree.map(lambda s: s.sharding, FFN.abstract(mesh)))
-        actual = jax.jit(run)(placed, x)
+    expected, actual = here_and_on(mesh, FFN, lambda *args: FFN.apply(*args)[0], params, x)
     jax.tree.map(close, actual, expected)
 
 
 def test_a_decoder_trains_with_it() -> None:
     model = byte_llama(1, 64, GRKAN(dim=64, hidden=96))
-    params, tokens = model.init(jax.random.key(0)), jnp.arange(20).reshape(2, 10)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params: Any) -> jax.Array:
-        scores = jax.nn.log_softmax(model.apply(params, tokens)[0][:, :-1])
-        return -jnp.take_along_axis(scores, tokens[:, 1:, None], -1).mean()
-
+    params, loss = model.init(jax.random.key(0)), next_byte_loss(model)
     before, grads = loss(params)
     for path, g in flatten(grads):
         assert np.any(g) or "first/denominator" not in path, path

@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import close, draw
+from arrays import close, draw, here_and_on
 from flax import nnx
 
 from bestiary.layers import (
-    DEFAULT_RULES,
     Attention,
     Context,
     Embedding,
     Repeat,
     RMSNorm,
     shard,
-    use_rules,
 )
 from bestiary.layers.base import flatten
 from bestiary.layers.flax import NnxLayer
@@ -374,19 +372,10 @@ def test_sharded_equals_unsharded(mesh: Any, adaptive: bool) -> None:
         params[name]["basis"] = start[name]["basis"]
     x = samples(24).reshape(4, 6, 4)
 
-    def step(params: Any, x: Any) -> Any:
-        def apply(params: Any, x: Any) -> Any:
-            return ffn.apply(params, shard(x, "batch", "seq", "embed"))[0]
+    def apply(params: Any, x: Any) -> Any:
+        return ffn.apply(params, shard(x, "batch", "seq", "embed"))[0]
 
-        y, pull = jax.vjp(apply, params, x)
-        return y, pull(jnp.cos(y))
-
-    expected = jax.jit(step)(params, x)
-    with use_rules(DEFAULT_RULES), jax.set_mesh(mesh):
-        placed = jax.tree.map(
-            lambda p, like: jax.device_put(p, like.sharding), params, ffn.abstract(mesh)
-        )
-        actual = jax.jit(step)(placed, x)
+    expected, actual = here_and_on(mesh, ffn, apply, params, x)
     jax.tree.map(lambda a, e: close(a, e, 2e-5), actual, expected)
 
 

@@ -36,6 +36,15 @@ def run(layer: Any, params: Any, x: Any, cotangent: Any) -> tuple:
     return step(params, jnp.asarray(x), jnp.asarray(cotangent))
 
 
+def agrees(layer: Any, ours: Any, a: Any) -> None:
+    """Output and gradients with those of the file; ours("w") are its parameters as the layer has
+    them, and ours("g") their gradients."""
+    y, grads, dx = run(layer, ours("w"), a["x"], a["cotangent"])
+    close(y, a["y"], RTOL)
+    close(dx, a["grad_x"], RTOL)
+    jax.tree.map(lambda g, e: close(g, e, RTOL), grads, ours("g"))
+
+
 def network(a: Any, hp: Any, basis: Any, **options: Any) -> KANNet:
     dims = (hp["in_features"], hp["out_features"])
     return KANNet(dims=dims, basis=basis, base=BASES[hp["base_activation"]], **options)
@@ -179,10 +188,7 @@ def test_fourier(golden: SimpleNamespace) -> None:
         weight = a[f"{kind}/fouriercoeffs"].transpose(0, 3, 2, 1).reshape(-1, inputs, outputs)
         return {"basis": {"norm": norm}, "weight": weight, "bias": a[f"{kind}/bias"][0]}
 
-    y, grads, dx = run(kan, ours("w"), a["x"], a["cotangent"])
-    close(y, a["y"], RTOL)
-    close(dx, a["grad_x"], RTOL)
-    jax.tree.map(lambda g, e: close(g, e, RTOL), grads, ours("g"))
+    agrees(kan, ours, a)
 
 
 @pytest.mark.golden("kan_wavkan")
@@ -255,10 +261,7 @@ def test_frkan(golden: SimpleNamespace) -> None:
         basis = {"numerator": a[f"{kind}/w_a"], "denominator": a[f"{kind}/w_b"], "residual": {}}
         return {"basis": basis, "weight": a[f"{kind}/ln_weight"][None]}
 
-    y, grads, dx = run(kan, ours("w"), a["x"], a["cotangent"])
-    close(y, a["y"], RTOL)
-    close(dx, a["grad_x"], RTOL)
-    jax.tree.map(lambda g, e: close(g, e, RTOL), grads, ours("g"))
+    agrees(kan, ours, a)
 
 
 @pytest.mark.golden("kan_conv2d")

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import close, draw
+from arrays import close, draw, here_and_on, next_byte_loss
 
 from bestiary.eval.hlo import jaxpr_flops
-from bestiary.layers import DEFAULT_RULES, HQKAN, QKAN, Silu, use_rules
+from bestiary.layers import HQKAN, QKAN, Silu
 from bestiary.layers.base import flatten
 from bestiary.layers.qkan import extend
 from bestiary.zoo.llama import byte_llama
@@ -264,29 +264,14 @@ def test_starts() -> None:
 def test_sharded_equals_unsharded(mesh: jax.sharding.Mesh) -> None:
     layer = QKAN(inputs=DIM, outputs=10)
     params, x = draw(layer), jnp.asarray(X)
-
-    def run(params: Any, x: jax.Array) -> Any:
-        y, pull = jax.vjp(layer.apply, params, x)
-        return y, pull(jnp.cos(y))
-
-    expected = jax.jit(run)(params, x)
-    with jax.set_mesh(mesh), use_rules(DEFAULT_RULES):
-        placed = jax.device_put(params, jax.tree.map(lambda s: s.sharding, layer.abstract(mesh)))
-        actual = jax.jit(run)(placed, x)
+    expected, actual = here_and_on(mesh, layer, layer.apply, params, x)
     jax.tree.map(close, actual, expected)
 
 
 def test_a_decoder_trains_with_it() -> None:
     ffn = HQKAN(dim=64, qkan=QKAN(inputs=6, outputs=6, repetitions=1, group=3))
     model = byte_llama(1, 64, ffn)
-    params, tokens = model.init(jax.random.key(0)), jnp.arange(20).reshape(2, 10)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params: Any) -> jax.Array:
-        scores = jax.nn.log_softmax(model.apply(params, tokens)[0][:, :-1])
-        return -jnp.take_along_axis(scores, tokens[:, 1:, None], -1).mean()
-
+    params, loss = model.init(jax.random.key(0)), next_byte_loss(model)
     before, grads = loss(params)
     for path, g in flatten(grads):
         assert np.any(g), path

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from arrays import close, draw
+from arrays import close, draw, here_and_on
 
 from bestiary.eval.hlo import jaxpr_flops
-from bestiary.layers import DEFAULT_RULES, shard, use_rules
+from bestiary.layers import shard
 from bestiary.layers.base import flatten
 from bestiary.layers.kan import KAN, edges
 from bestiary.layers.kan_bases import RBF, RSWAF, Rational, ReLUBasis
@@ -305,19 +305,10 @@ def test_sharded_equals_unsharded(mesh: Any, selected: bool) -> None:
     if selected:
         ffn, params = select(ffn, params)
 
-    def step(params: Any, x: Any) -> Any:
-        def apply(params: Any, x: Any) -> Any:
-            return ffn.apply(params, shard(x, "batch", "seq", "embed"))[0]
+    def apply(params: Any, x: Any) -> Any:
+        return ffn.apply(params, shard(x, "batch", "seq", "embed"))[0]
 
-        y, pull = jax.vjp(apply, params, x)
-        return y, pull(jnp.cos(y))
-
-    expected = jax.jit(step)(params, x)
-    with use_rules(DEFAULT_RULES), jax.set_mesh(mesh):
-        placed = jax.tree.map(
-            lambda p, like: jax.device_put(p, like.sharding), params, ffn.abstract(mesh)
-        )
-        actual = jax.jit(step)(placed, x)
+    expected, actual = here_and_on(mesh, ffn, apply, params, x)
     jax.tree.map(lambda a, e: close(a, e, 1e-4), actual, expected)
 
 

@@ -11,7 +11,6 @@ and pyyaml; `digits` scikit-learn.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import kan_fits
 import kan_peers
 import optax
+from turns import in_turns
 
 from bestiary.layers import GRKAN, MLP, Gelu, Layer
 from bestiary.train.runtime import keep_freed_memory
@@ -52,18 +52,6 @@ def training_step(ffn: Layer, layers: int, dim: int, tokens: int) -> Callable[[]
     return step
 
 
-def in_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, by round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn > 1:  # the first are to warm up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
 def decoder(layers: int, dim: int, tokens: int, rounds: int) -> None:
     """GR-KAN and GELU feed-forwards of equal size in one decoder."""
     hidden = 4 * dim
@@ -72,7 +60,7 @@ def decoder(layers: int, dim: int, tokens: int, rounds: int) -> None:
         "grkan": GRKAN(dim=dim, hidden=hidden),
     }
     steps = {name: training_step(ffn, layers, dim, tokens) for name, ffn in ffns.items()}
-    times = in_turns(steps, rounds)
+    times = in_turns(steps, rounds, untimed=2)
     print(f"{layers} layers of width {dim}, {tokens} tokens, ms a step")
     for name, values in times.items():
         ratio = statistics.median(a / b for a, b in zip(values, times["gelu"], strict=True))

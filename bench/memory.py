@@ -13,7 +13,6 @@ with the root of the rows: that share is part of "fixed".
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from turns import in_turns
 
 from bestiary.layers.base import Tree
 from bestiary.train.optimizer import Moments, Optimizer
@@ -107,14 +107,7 @@ def update(decoder: Decoder, moments: Moments) -> Run:
 
 def timed(runs: dict[int, Run], rounds: int) -> dict[int, float]:
     """Median milliseconds of each, in turns."""
-    times: dict[int, list[float]] = {rows: [] for rows in runs}
-    for turn in range(rounds + 1):
-        for rows, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if turn:  # the first compiles
-                times[rows].append(1e3 * (time.perf_counter() - start))
-    return {rows: statistics.median(values) for rows, values in times.items()}
+    return {rows: statistics.median(values) for rows, values in in_turns(runs, rounds).items()}
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ in turns; prints milliseconds and their ratio to the first.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from turns import in_turns
 
 from bestiary.layers import GLU, MoE, Router, Silu
 from bestiary.train.runtime import keep_freed_memory
@@ -34,7 +34,7 @@ def step(num_experts: int, arguments: argparse.Namespace) -> Callable[[], jax.Ar
 
         return jax.grad(loss, argnums=(0, 1))(params, x)
 
-    return lambda: jax.block_until_ready(run(params, x))
+    return lambda: run(params, x)
 
 
 def main() -> None:
@@ -47,13 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     runs = {n: step(n, arguments) for n in (8, 64, 256)}
-    times: dict[int, list[float]] = {n: [] for n in runs}
-    for turn in range(arguments.rounds + 1):
-        for n, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first compiles
-                times[n].append(1e3 * (time.perf_counter() - start))
+    times = in_turns(runs, arguments.rounds)
     first = statistics.median(times[8])
     for n, values in times.items():
         median = statistics.median(values)

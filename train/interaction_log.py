@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bestiary.train.sources import refuse
+from bestiary.train.sources import NOT_TEXT, refuse
 
 MOVIELENS = ("user", "item", "rating", "timestamp")
 """Columns of u.data (tabs) and ratings.dat (::), which have no header."""
@@ -156,7 +156,7 @@ def _lines(file: Path, encoding: str = "utf-8-sig") -> Iterator[str]:
         with file.open(encoding=encoding, newline="") as lines:
             yield from lines
     except UnicodeDecodeError:
-        raise refuse(file, "must be UTF-8 text (convert it first, e.g. with iconv)") from None
+        raise refuse(file, NOT_TEXT) from None
     except OSError as error:
         raise refuse(file, f"cannot be read: {error.strerror or error}") from None
 

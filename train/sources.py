@@ -12,6 +12,8 @@ _NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 )
 
+NOT_TEXT = "must be UTF-8 text (convert it first, e.g. with iconv)"
+
 
 def source_files(path: str | None) -> list[Path]:
     """The files that `read_documents(path, ...)` reads, in its order.
@@ -53,7 +55,7 @@ def read_documents(path: str | None, text_field: str) -> Iterator[str]:
             texts = reader(file, text_field) if reader else [_text(file)]
             for text in texts:
                 if text is None and is_single_document(path):
-                    raise refuse(file, "must be UTF-8 text (convert it first, e.g. with iconv)")
+                    raise refuse(file, NOT_TEXT)
                 if text:
                     yield text
         except OSError as error:

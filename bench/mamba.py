@@ -196,6 +196,7 @@ def main() -> None:
         "MALLOC_MMAP_THRESHOLD_": "2000000000",
         "MALLOC_TRIM_THRESHOLD_": "4000000000",
         "MALLOC_TOP_PAD_": "400000000",
+        "MALLOC_ARENA_MAX": "1",
     }
     if "peer" in options.parts:
         beside_transformers(options)

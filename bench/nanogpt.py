@@ -173,6 +173,7 @@ def compare(rounds: int, steps: int) -> None:
         "MALLOC_MMAP_THRESHOLD_": "2000000000",
         "MALLOC_TRIM_THRESHOLD_": "4000000000",
         "MALLOC_TOP_PAD_": "400000000",
+        "MALLOC_ARENA_MAX": "1",
     }
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}

@@ -16,7 +16,7 @@ import jax
 
 from bestiary.train.corpus import cache_folder
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's <malloc.h>
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # names of glibc's <malloc.h>
 
 
 def start() -> None:
@@ -63,11 +63,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 def keep_freed_memory() -> None:
     """Makes glibc keep the large blocks that a step frees: it would hand them back to the kernel,
-    and the next step on a CPU would fault every page in anew."""
+    and the next step on a CPU would fault every page in anew. To be called before any work: threads
+    other than the first take blocks above 64 MB from the kernel unless all share one arena."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(_MMAP_THRESHOLD, 1 << 30)
         mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_ARENA_MAX, 1)
 
 
 class Signals:

@@ -7,6 +7,7 @@ made once, when its last key comes. A decoded token reads these and the blocks t
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from bestiary.kernels.block_attention import (
@@ -91,13 +92,19 @@ class BlockChoice(Attention):
         keys, rest = super().keep(params, rest, new, received)
         find = newest_piece if new["position"].shape[1] == 1 else pieces_of_document
         members, position, segment = find(keys, new, *self.piece)
-        entries = {
-            name: self.represent(params, name, take_by_row(keys[name], members))
-            for name in self.represented
-        }
-        number = blocks["position"].shape[1]
-        slot = jnp.where(position < 0, number, position // self.piece[1] % number)
-        blocks = kv.put(blocks, entries | {"position": position, "segment": segment}, slot)
+
+        def completed() -> Tree:
+            entries = {
+                name: self.represent(params, name, take_by_row(keys[name], members))
+                for name in self.represented
+            }
+            number = blocks["position"].shape[1]
+            slot = jnp.where(position < 0, number, position // self.piece[1] % number)
+            return kv.put(blocks, entries | {"position": position, "segment": segment}, slot)
+
+        # few tokens complete one; and XLA's CPU compiler copies all keys where it fuses what
+        # updates them with what gathers from them
+        blocks = jax.lax.cond((position >= 0).any(), completed, lambda: blocks)
         return keys | {"blocks": blocks}, rest | {"blocks": blocks}
 
     def mix(self, params: Tree, q: Array, keys: Tree, positions: Array, ctx: Context) -> Array:

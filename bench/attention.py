@@ -3,7 +3,8 @@
     python bench/attention.py --length 8192 --window 1024
 
 Forward and backward of one operation, in turns. Prints milliseconds, the temporary memory of the
-compiled program, the live blocks, and the ratios to the dense causal reference.
+compiled program, the live blocks, and the ratios to the dense causal reference. With `--documents`
+rows hold as many of equal length, packed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bestiary.kernels.attention import Mask, attention
 from bestiary.kernels.attention.masks import (
@@ -22,12 +24,16 @@ from bestiary.kernels.attention.masks import (
     streaming,
     visible_pairs,
 )
+from bestiary.layers import cache as kv
 from bestiary.train.runtime import keep_freed_memory
 
 
 def program(mask: Mask, impl: str, arrays: list[jax.Array]) -> Any:
-    def step(q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array) -> Any:
-        y, gradient = jax.vjp(lambda *x: attention(*x, mask=mask, impl=impl), q, k, v)
+    def step(
+        q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, segments: jax.Array | None = None
+    ) -> Any:
+        where = kv.where({}, jnp.arange(q.shape[1])[None], segments, mask)
+        y, gradient = jax.vjp(lambda *x: attention(*x, mask=mask, impl=impl, **where), q, k, v)
         return y, gradient(dy)
 
     return jax.jit(step).lower(*arrays).compile()
@@ -47,6 +53,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--documents", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -57,6 +64,10 @@ def main() -> None:
         jax.random.normal(key, (arguments.batch, arguments.length, n, arguments.head_dim))
         for key, n in zip(keys, heads, strict=True)
     ]
+    if arguments.documents:
+        place = jnp.arange(arguments.length)[None]
+        segments = place * arguments.documents // arguments.length
+        arrays.append(jnp.broadcast_to(segments, arrays[0].shape[:2]))
     window: Mask = CAUSAL & Window(arguments.window)
     members: dict[str, tuple[Mask, str]] = {
         "dense causal": (CAUSAL, "reference"),

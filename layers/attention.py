@@ -61,7 +61,8 @@ class Attention(Layer):
     window: int | None = None
     """How many keys a query sees, its own included; None: all before it. A cache keeps as many."""
     mask: Mask = CAUSAL
-    """Which keys a query may see by their positions, of those in the window."""
+    """Which keys a query may see by their places in their document, of those in the window. In rows
+    of packed documents no kernel serves a mask that is not `relative`, such as sinks."""
     softcap: float | None = None
     """Bounds the logits to (-c, c) by c tanh(s / c) before masking (Gemma-2)."""
     sinks: bool = False
@@ -83,6 +84,8 @@ class Attention(Layer):
             )
         if self.rope:
             self.rope.frequencies(self.head_dim)  # refuses an odd width
+            if self.rope.scaling and self.rope.scaling.attention_factor != 1:
+                kv.in_the_text(self.cache, "a rope that scales")
 
     @property
     def pattern(self) -> Mask:
@@ -158,7 +161,8 @@ class Attention(Layer):
     ) -> tuple[Tree, Tree]:
         """What queries of a call attend to, and the cache behind it; `new` is what it brings."""
         del params
-        return self.cache.update(cache, new, received, self.window)
+        keys, cache = self.cache.update(cache, new, received, self.window)
+        return self.cache.moved(keys, self.rotate), cache
 
     def queries(self, params: Tree, x: Array, positions: Array) -> Array:
         """[batch, seq, heads, head], rotated."""
@@ -178,7 +182,8 @@ class Attention(Layer):
     def mix(self, params: Tree, q: Array, keys: Tree, positions: Array, ctx: Context) -> Array:
         """Attends to the `entries` of these tokens, or to what a cache policy says they see."""
         k, v = keys["k"].astype(q.dtype), keys["v"].astype(q.dtype)
-        return self.attend(params, q, k, v, **kv.where(keys, positions, ctx.segment_ids))
+        where = kv.where(keys, positions, ctx.segment_ids, self.pattern)
+        return self.attend(params, q, k, v, **where)
 
     def rotate(self, x: Array, positions: Array) -> Array:
         """Positions enter queries and keys [batch, seq, heads, head] here."""

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from bestiary.kernels.attention.masks import CAUSAL, Mask
+from bestiary.kernels.chunks import runs
 from bestiary.layers.base import Array, Param, Tree, constant, positive
 
 INDEX = ("position", "segment")
@@ -67,6 +69,12 @@ class CachePolicy:
         """
         raise NotImplementedError
 
+    def moved(self, keys: Tree, rotate: Callable[[Array, Array], Array]) -> Tree:
+        """What queries see, with "k" where its positions should be: `rotate` turns keys [batch, S,
+        heads, width] by as many positions [batch, S]."""
+        del rotate
+        return keys
+
 
 @dataclass(frozen=True, kw_only=True)
 class Full(CachePolicy):
@@ -94,13 +102,15 @@ class SinksWindow(CachePolicy):
     """StreamingLLM (Xiao et al. 2023, arXiv 2309.17453): the first `sinks` tokens of a document and
     the newest `window`.
 
-    Exact for a mixer whose mask lets a query see no others. Otherwise the tokens of one call see
-    all of each other. Keys keep the positions they were rotated at, where the paper counts them
-    inside the cache.
+    Exact for a mixer whose mask lets a query see no others and positions in the text. Otherwise the
+    tokens of one call see all of each other.
     """
 
     sinks: int = 4
     window: int = 252
+    in_cache: bool = False
+    """Whether positions count what is seen without gaps, as in the paper, so that no distance
+    exceeds the cache and a call; else they are those in the text."""
 
     def __post_init__(self) -> None:
         positive(sinks=self.sinks, window=self.window)
@@ -119,6 +129,22 @@ class SinksWindow(CachePolicy):
         slot = jnp.where(first, position, self.sinks + (position - self.sinks) % self.window)
         stored = put(cache, new, jnp.where(stays & (first | (age < self.window)), slot, slots))
         return stored if position.shape[1] == 1 else extend(cache, new), stored
+
+    def moved(self, keys: Tree, rotate: Callable[[Array, Array], Array]) -> Tree:
+        if not self.in_cache:
+            return keys
+        position, segment = keys["position"][:, None], keys["segment"]
+        near = (segment[:, None] == segment[:, : self.sinks, None]) & (position >= self.sinks)
+        oldest = jnp.where(near, position, jnp.iinfo(jnp.int32).max).min(-1)
+        gap = jnp.where(near.any(-1), oldest - self.sinks, 0)
+        sinks = rotate(keys["k"][:, : self.sinks], gap)
+        return keys | {"k": keys["k"].at[:, : self.sinks].set(sinks)}
+
+
+def in_the_text(policy: CachePolicy, mixer: str) -> None:
+    """Raises ValueError where a mixer whose keys cannot move has a policy that moves them."""
+    if getattr(policy, "in_cache", False):
+        raise ValueError(f"cache.in_cache: True; the keys of {mixer} keep their positions")
 
 
 def declare(entries: Mapping[str, Param], batch: int, slots: int, dtype: Any) -> Tree:
@@ -155,12 +181,17 @@ def tokens(entries: Tree, positions: Array, segments: Array | None) -> Tree:
     return new if segments is None else new | {"segment": segments}
 
 
-def where(keys: Tree, positions: Array, segments: Array | None) -> dict[str, Any]:
+def where(
+    keys: Tree, positions: Array, segments: Array | None, mask: Mask = CAUSAL
+) -> dict[str, Any]:
     """How queries at `positions` [batch or 1, T] and `keys` stand, as `attention` takes it; these
     are the tokens' own entries, or what a policy says the queries see."""
     if "position" not in keys:
-        # in a row of packed documents, order in the row and equal segments say all
-        return {"q_segments": segments, "kv_segments": segments}
+        at = {"q_segments": segments, "kv_segments": segments}
+        if segments is None or mask.relative:
+            return at  # order in the row and equal segments say all
+        place = jnp.arange(segments.shape[1]) - runs(segments)[1]
+        return at | {"q_positions": place, "kv_positions": place}
     at = keys["position"]
     return {
         "q_positions": jnp.broadcast_to(positions, (at.shape[0], positions.shape[1])),

@@ -75,6 +75,7 @@ class MLA(Layer):
         positive(dim=self.dim, num_heads=self.num_heads, kv_rank=self.kv_rank, q_rank=self.q_rank)
         positive(nope_dim=self.nope_dim, rope_dim=self.rope_dim, value_dim=self.value_dim)
         self.rope.frequencies(self.rope_dim)  # refuses an odd width
+        kv.in_the_text(self.cache, type(self).__name__)
 
     @property
     def query_dim(self) -> int:
@@ -144,7 +145,7 @@ class MLA(Layer):
             queries = {"q": q} | kv.tokens({}, at, segments)
             received = partial(self.received, params, queries)
             entries, cache = self.cache.update(cache, kv.tokens(entries, at, segments), received)
-        where = kv.where(entries, positions, segments)
+        where = kv.where(entries, positions, segments, self.mask)
         y, aux = self.mix(params, x, latent, q, entries, where, ctx)
         return project("bsnh,nhd->bsd", y, params, "out"), cache, aux
 

@@ -82,9 +82,7 @@ class SharedKV(Layer):
         keys, kept = self.source.entries(params["source"], normed, positions), None
         if cache is not None:
             new = kv.tokens(keys, jnp.broadcast_to(positions, x.shape[:2]), ctx.segment_ids)
-            keys, kept = self.source.cache.update(
-                cache["source"], new, _no_queries, self.source.window
-            )
+            keys, kept = self.source.keep({}, cache["source"], new, _no_queries)
         ctx = replace(ctx, shared=ctx.shared | {"kv": keys})
         inside = None if cache is None else cache["blocks"]
         y, inside, aux = self.blocks.apply(params["blocks"], x, ctx, inside)

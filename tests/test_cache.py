@@ -65,6 +65,7 @@ SEGMENTS[2] = np.repeat([1, 2], [10, 14])
 POLICIES: dict[str, CachePolicy] = {
     "full": Full(),
     "sinks_window": SinksWindow(sinks=2, window=5),
+    "sinks_window_in_cache": SinksWindow(sinks=2, window=5, in_cache=True),
     "h2o": H2O(heavy=3, recent=4),
     "h2o_query": H2O(heavy=3, recent=4, heads="query"),
     "snapkv": SnapKV(capacity=8, window=3, kernel=3, room=2),
@@ -188,13 +189,25 @@ def survivors(
     return tokens
 
 
+def rotated(x: np.ndarray, position: int) -> np.ndarray:
+    """A query or key [..., head] at a position."""
+    a, b = np.split(x, 2, -1)
+    angle = position * 1e4 ** -(np.arange(0, HEAD, 2) / HEAD)
+    return np.concatenate(
+        (a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)), -1
+    )
+
+
 def simulate(layer: Attention, params: Any, x: Any, positions: Any, segments: Any) -> np.ndarray:
     """Attention call by call over the tokens that a policy keeps, in float64."""
     policy = layer.cache
     shared = HEADS // KV_HEADS
     at = jnp.asarray(positions)
     q, k, v = (project("bsd,dnh->bsnh", x, params, n) for n in ("query", "key", "value"))
-    q, k, v = (np.asarray(a, np.float64) for a in (layer.rotate(q, at), layer.rotate(k, at), v))
+    in_cache = getattr(policy, "in_cache", False)
+    if not in_cache:
+        q, k = layer.rotate(q, at), layer.rotate(k, at)
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     y = np.zeros(q.shape)
     groups = [range(h, h + 1) for h in range(HEADS)]
     if getattr(policy, "heads", "kv") == "kv":
@@ -222,6 +235,11 @@ def simulate(layer: Attention, params: Any, x: Any, positions: Any, segments: An
                         ]
                     for i, h in enumerate(group):
                         logits = np.array([seen[s][0] @ q[b, t, h] for s in mine]) * HEAD**-0.5
+                        if in_cache:  # they count 0, 1, 2, ...
+                            query = rotated(q[b, t, h], len(mine) - 1)
+                            keys = [rotated(seen[s][0], n) for n, s in enumerate(sorted(mine))]
+                            logits = np.array(keys) @ query * HEAD**-0.5
+                            mine.sort()
                         w = np.exp(logits - logits.max())
                         w /= w.sum()
                         y[b, t, h] = w @ np.array([seen[s][1] for s in mine])
@@ -359,7 +377,14 @@ def test_decoding_equals_the_full_forward_while_nothing_is_lost(mixer: str, poli
     close(y, jax.jit(lambda: layer.apply(params, x, ctx)[0])(), 1e-4)
 
 
-DROPPING = ("sinks_window", "h2o", "h2o_query", "snapkv", "snapkv_max_query")
+DROPPING = (
+    "sinks_window",
+    "sinks_window_in_cache",
+    "h2o",
+    "h2o_query",
+    "snapkv",
+    "snapkv_max_query",
+)
 EVERY_KEY = "cache: {}; {} needs every key, as Full and KIVI keep them"
 REFUSED: dict[str, dict[str, str]] = {
     "window": {
@@ -369,12 +394,14 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "nsa": dict.fromkeys(DROPPING, EVERY_KEY.replace("{} needs", "NSA needs")),
     "moba": dict.fromkeys(DROPPING, EVERY_KEY.replace("{} needs", "MoBA needs")),
+    "mla": {"sinks_window_in_cache": "cache.in_cache: True; the keys of MLA keep their positions"},
     "dsa": dict.fromkeys(
         ("h2o_query", "snapkv_max_query"),
         "cache.heads: 'query'; DSA chooses the same keys for all heads",
-    ),
+    )
+    | {"sinks_window_in_cache": "cache.in_cache: True; the keys of DSA keep their positions"},
     "shared": dict.fromkeys(
-        DROPPING[1:], "source.cache: {}; keys of several layers need one that asks for no attention"
+        DROPPING[2:], "source.cache: {}; keys of several layers need one that asks for no attention"
     ),
 }
 

@@ -33,6 +33,7 @@ from bestiary.kernels.attention.masks import (
     visible_pairs,
 )
 from bestiary.layers import Attention
+from bestiary.layers import cache as kv
 from bestiary.layers.base import Context
 
 LENGTH = 150
@@ -184,11 +185,11 @@ def assert_equal(arrays, atol=2e-5, **options):
 @given(masks, st.integers(9, 70), st.booleans(), st.sampled_from((None, 2.0)), st.integers(0, 9))
 def test_blocks_equal_dense_attention(mask, length, documents, softcap, seed):
     """Some of these rows see no key at all, but the sink."""
-    segments = None
+    where = {}
     if documents:
         cuts = np.random.default_rng(seed).integers(0, 3, (2, length))
         segments = jnp.asarray(np.sort(cuts), jnp.int32)
-    where = {"q_segments": segments, "kv_segments": segments}
+        where = kv.where({}, jnp.arange(length)[None], segments, mask)
     assert_equal(operands(length, length), mask=mask, softcap=softcap, **where)
 
 
@@ -200,6 +201,22 @@ def test_rows_that_see_nothing_give_zeros(mask):
     empty = ~dense(mask, 37).any(1)
     y, dq, *_ = gradients("auto", arrays, mask=mask)
     assert empty.any() and not y[:, empty].any() and not dq[:, empty].any()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_running_program_finds_the_live_blocks(name):
+    """Of two documents, the second of which begins within a block, and empty slots."""
+    mask, block = PRESETS[name], 10
+    place, segment = np.r_[:25, :65, [-1] * 20], np.repeat([3, 7], [25, 85])
+    x = jnp.zeros((1, len(place), 1, 1))
+    where = blocked.Where(jnp.asarray(place)[None], jnp.asarray(segment)[None])
+    static = blocked.Static(mask, None, block, len(place), len(place))
+    found = blocked._Blocks(static, x, x, x, None, (where, where))._live_by_position()
+    seen = mask(place[:, None], place) & (segment[:, None] == segment) & (place >= 0)
+    seen = seen.reshape(11, block, 11, block).any((1, 3))
+    assert not (seen & ~found).any()
+    crossing = np.arange(11) == 2  # the block of keys of which only ranges are known
+    assert not (found & ~seen)[:, ~crossing].any()
 
 
 def test_positions_and_rows_of_other_lengths():

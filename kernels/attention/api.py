@@ -40,12 +40,14 @@ def attention(
     a query that sees none gives 0. Logits and softmax are float32, the result has the type of v.
     The kernels serve rows that attend to themselves: no positions, and the same segments on both
     sides. Elsewhere rows of more than 256 queries and keys are computed block by block, with cost
-    and memory that grow with the blocks of which the mask shows anything, reverse mode only.
+    and memory that grow with the blocks of which the mask shows anything, reverse mode only; with
+    positions the running program finds these blocks.
 
     Args:
       q_positions, kv_positions: int32 [batch or 1, T] and [batch or 1, S] (negative: an empty key
         slot), or [batch, kv_heads, S] where heads hold keys of their own; by default 0, 1, 2, ...
-      q_segments, kv_segments: int32 of the same shapes; they isolate documents.
+      q_segments, kv_segments: int32 of the same shapes; they isolate documents. Positions do not
+        restart with them unless they are given so, which a mask that is not `relative` asks for.
       mask: static sparsity; see `masks`.
       window: short for `mask & Window(window)`: with a causal mask that many keys, the query's own
         included.

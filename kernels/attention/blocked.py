@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bestiary.kernels.attention.masks import Full, Mask, live_blocks, num_live
+from bestiary.kernels.attention.masks import Full, Mask, Rectangles, live_blocks, num_live
 from bestiary.kernels.attention.reference import MASKED
 from bestiary.kernels.dispatch import vary_alike
 
@@ -54,15 +53,16 @@ def attention(
     scale: float,
     softcap: float | None = None,
 ) -> Array:
-    """As `api.attention`. With positions, which only the running program knows, no block is
-    skipped. Reverse mode only."""
+    """As `api.attention`. With positions it is the running program that finds the live blocks.
+    Reverse mode only."""
     batch, length, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     groups = heads // kv_heads
     if q_positions is not None or kv_positions is not None:
         q_positions = jnp.arange(length)[None] if q_positions is None else q_positions
         kv_positions = jnp.arange(keys)[None] if kv_positions is None else kv_positions
-    block = _block(Full() if q_positions is not None else mask, length, keys)
+    # which blocks of a cache live only the running program knows
+    block = _block(Full() if q_positions is not None and length != keys else mask, length, keys)
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, groups)
     if bias is not None:
@@ -187,12 +187,15 @@ class _Blocks:
         such pairs shows."""
         static = self.static
         if self.q_positions is not None:
-            everything = live_blocks(Full(), static.length, static.keys, static.block)
-            lists = ((np.concatenate(everything), self._seen_by_position),)
-        else:
-            full, partly = live_blocks(static.mask, static.length, static.keys, static.block)
-            lists = ((full, self._seen_by_segment), (partly, self._seen_in_order))
-        for pairs, seen in lists:
+            live = self._live_by_position()
+            pairs = jnp.argsort(~live.ravel())  # the live ones first
+
+            def next_(n: Array, carry: tuple) -> tuple:
+                return one(carry, jnp.divmod(pairs[n], live.shape[1]), self._seen_by_position)
+
+            return jax.lax.fori_loop(0, live.sum(dtype=jnp.int32), next_, carry)
+        full, partly = live_blocks(static.mask, static.length, static.keys, static.block)
+        for pairs, seen in ((full, self._seen_by_segment), (partly, self._seen_in_order)):
             if len(pairs):
                 step = partial(_step, one, seen)
                 carry, _ = jax.lax.scan(step, carry, tuple(pairs.T))
@@ -236,6 +239,26 @@ class _Blocks:
         seen = self.static.mask(q, kv) & (kv >= 0)
         same = self._seen_by_segment(i, j)
         return seen if same is None else seen & same
+
+    def _live_by_position(self) -> Array:
+        """Which pairs of blocks may show anything in a row: bool [blocks, blocks of keys]. A block
+        of keys is known by its ranges of positions and of segments."""
+        assert self.q_positions is not None and self.kv_positions is not None
+        filled = self.kv_positions >= 0
+
+        def ends(x: Array) -> tuple[Array, Array]:
+            """[blocks of keys, batch or 1, 1]."""
+            none = jnp.iinfo(x.dtype).max
+            least, most = jnp.where(filled, x, none), jnp.where(filled, x, -none)
+            return least.min(-1, keepdims=True), most.max(-1, keepdims=True)
+
+        q, (first, last) = self.q_positions[:, None], ends(self.kv_positions)
+        some, _ = self.static.mask.some_all(Rectangles(q, q, first, last))
+        some &= first <= last
+        if self.q_segments is not None and self.kv_segments is not None:
+            q, (first, last) = self.q_segments[:, None], ends(self.kv_segments)
+            some &= (first <= q) & (q <= last)
+        return some.any((2, 3))
 
     def _cut(self, x: Array | None, fill: int = 0) -> Array | None:
         """[batch or 1, length] -> [blocks, batch or 1, block]."""

@@ -3,7 +3,8 @@
 A mask says for a query and a key, by their positions, whether the query sees the key, and for
 rectangles of positions whether some or all of these pairs are visible, from which the blocks that
 need no work follow without an array [T, S]. Masks combine by `&`, `|` and `~`; they are frozen and
-hashable. What differs from row to row, such as documents, are arguments of the operation.
+hashable. What differs from row to row, such as documents, are arguments of the operation; in rows
+of several documents, masks that are not `relative` need positions that restart with each.
 
     Causal() & (Window(1024) | Sinks(4))
 """
@@ -18,15 +19,16 @@ Positions = Any  # int32 arrays that broadcast, of NumPy or jax.numpy
 
 
 class Rectangles(NamedTuple):
-    """Ranges of positions, ends included: int arrays that broadcast."""
+    """Ranges of positions, ends included: int arrays that broadcast; of jax.numpy, which has no
+    static values, the queries are single ones: `q_first` is `q_last`."""
 
-    q_first: np.ndarray
-    q_last: np.ndarray
-    kv_first: np.ndarray
-    kv_last: np.ndarray
+    q_first: Positions
+    q_last: Positions
+    kv_first: Positions
+    kv_last: Positions
 
     @property
-    def distances(self) -> tuple[np.ndarray, np.ndarray]:
+    def distances(self) -> tuple[Positions, Positions]:
         """The smallest and the largest query minus key; all between occur."""
         return self.q_first - self.kv_last, self.q_last - self.kv_first
 
@@ -34,11 +36,16 @@ class Rectangles(NamedTuple):
 class Mask:
     """The base of masks."""
 
+    @property
+    def relative(self) -> bool:
+        """Whether a pair's visibility follows from query minus key alone."""
+        return False
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         """Whether queries at `q` see keys at `kv`: bool, elementwise."""
         raise NotImplementedError
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         """Whether some, and whether all pairs of each rectangle are visible.
 
         Exact for the masks below; a combination may say "some" where there are none and "not all"
@@ -61,10 +68,14 @@ class And(Mask):
     left: Mask
     right: Mask
 
+    @property
+    def relative(self) -> bool:
+        return self.left.relative and self.right.relative
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return self.left(q, kv) & self.right(q, kv)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         (some, all_), (other_some, other_all) = self.left.some_all(at), self.right.some_all(at)
         return some & other_some, all_ & other_all
 
@@ -74,10 +85,14 @@ class Or(Mask):
     left: Mask
     right: Mask
 
+    @property
+    def relative(self) -> bool:
+        return self.left.relative and self.right.relative
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return self.left(q, kv) | self.right(q, kv)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         (some, all_), (other_some, other_all) = self.left.some_all(at), self.right.some_all(at)
         return some | other_some, all_ | other_all
 
@@ -86,10 +101,14 @@ class Or(Mask):
 class Not(Mask):
     mask: Mask
 
+    @property
+    def relative(self) -> bool:
+        return self.mask.relative
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return ~self.mask(q, kv)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         some, all_ = self.mask.some_all(at)
         return ~all_, ~some
 
@@ -98,10 +117,14 @@ class Not(Mask):
 class Full(Mask):
     """Every key, later ones too."""
 
+    @property
+    def relative(self) -> bool:
+        return True
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return (q == q) & (kv == kv)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         everywhere = at.distances[0] == at.distances[0]
         return everywhere, everywhere
 
@@ -110,10 +133,14 @@ class Full(Mask):
 class Causal(Mask):
     """The query's own key and earlier ones."""
 
+    @property
+    def relative(self) -> bool:
+        return True
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return q >= kv
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         least, most = at.distances
         return most >= 0, least >= 0
 
@@ -127,10 +154,14 @@ class Window(Mask):
     def __post_init__(self) -> None:
         _positive(window=self.size)
 
+    @property
+    def relative(self) -> bool:
+        return True
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return (q - kv < self.size) & (kv - q < self.size)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         least, most = at.distances
         some = (least < self.size) & (most > -self.size)
         return some, (most < self.size) & (least > -self.size)
@@ -152,7 +183,7 @@ class Chunked(Mask):
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return self._window(q // self.size, kv // self.size)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         return self._window.some_all(Rectangles(*(end // self.size for end in at)))
 
     @property
@@ -169,10 +200,14 @@ class Strided(Mask):
     def __post_init__(self) -> None:
         _positive(stride=self.stride)
 
+    @property
+    def relative(self) -> bool:
+        return True
+
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return (q - kv) % self.stride == 0
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         least, most = at.distances
         some = most // self.stride * self.stride >= least
         return some, some & ((least == most) | (self.stride == 1))
@@ -190,7 +225,7 @@ class Sinks(Mask):
     def __call__(self, q: Positions, kv: Positions) -> Any:
         return (q == q) & (kv < self.num)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
         everywhere = at.q_first == at.q_first
         return everywhere & (at.kv_first < self.num), everywhere & (at.kv_last < self.num)
 
@@ -214,15 +249,16 @@ class Global(Mask):
 
         return chosen(q) | chosen(kv)
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.unique(self.positions)
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
+        def chosen(first: Positions, last: Positions) -> tuple[Any, Any]:
+            some = all_ = first != first
+            for start, end in self._runs():
+                some = some | ((first <= end) & (last >= start))
+                all_ = all_ | ((first >= start) & (last <= end))
+            return some, all_
 
-        def count(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-            return np.searchsorted(positions, last, "right") - np.searchsorted(positions, first)
-
-        of_q, of_kv = count(at.q_first, at.q_last), count(at.kv_first, at.kv_last)
-        all_q, all_kv = of_q > at.q_last - at.q_first, of_kv > at.kv_last - at.kv_first
-        return (of_q > 0) | (of_kv > 0), all_q | all_kv
+        of_q, of_kv = chosen(at.q_first, at.q_last), chosen(at.kv_first, at.kv_last)
+        return of_q[0] | of_kv[0], of_q[1] | of_kv[1]
 
     def _runs(self) -> list[tuple[int, int]]:
         positions = np.unique(self.positions)
@@ -253,16 +289,18 @@ class RandomBlocks(Mask):
             found = found | (there & (block == chosen))
         return found
 
-    def some_all(self, at: Rectangles) -> tuple[np.ndarray, np.ndarray]:
-        ends = [end // self.block for end in np.broadcast_arrays(*at)]
-        q_first, q_last, kv_first, kv_last = ends
-        some, all_ = np.zeros(q_first.shape, bool), np.ones(q_first.shape, bool)
-        for step in range(int((q_last - q_first).max(initial=0)) + 1):
-            hits = np.zeros(q_first.shape, int)
-            for chosen, there in self._drawn(np.minimum(q_first + step, q_last)):
-                hits += there & (kv_first <= chosen) & (chosen <= kv_last)
-            some |= hits > 0
-            all_ &= hits > kv_last - kv_first
+    def some_all(self, at: Rectangles) -> tuple[Any, Any]:
+        q_first, q_last, kv_first, kv_last = (end // self.block for end in at)
+        single = at.q_first is at.q_last
+        steps = 0 if single else int((q_last - q_first).max(initial=0))
+        some = (q_first != q_first) & (kv_first != kv_first)
+        all_ = ~some
+        for step in range(steps + 1):
+            block = q_first if single else np.minimum(q_first + step, q_last)
+            hits = 0
+            for chosen, there in self._drawn(block):
+                hits = hits + (there & (kv_first <= chosen) & (chosen <= kv_last))
+            some, all_ = some | (hits > 0), all_ & (hits > kv_last - kv_first)
         return some, all_
 
     def _drawn(self, block: Positions) -> Any:
@@ -272,7 +310,7 @@ class RandomBlocks(Mask):
             first, end = blocks * part // self.num, blocks * (part + 1) // self.num
             size = end - first
             number = _scrambled(block, self.seed * self.num + part)
-            yield first + number % (size + (size < 1)), size > 0
+            yield first + number % (size * (size > 0) + (size < 1)), size > 0
 
 
 CAUSAL = Causal()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bestiary.kernels.chunks import whole_chunks
+from bestiary.kernels.chunks import runs, whole_chunks
 
 Array = jax.Array
 QUERIES = 512  # queries whose scores exist at a time in a long sequence
@@ -68,7 +68,7 @@ def _of_rows(length: int, segments: Array | None) -> Places:
     if segments is None:
         document, place = jnp.zeros_like(index), index
     else:
-        document, first = _runs(segments)
+        document, first = runs(segments)
         place = index - first
     return Places(document, place, document, place, one_document=segments is None)
 
@@ -83,7 +83,7 @@ def _of_slots(
         return Places(q_document, q_positions, document, kv_positions, order)
     document = jnp.where(filled, kv_segments, -1)
     order = jnp.lexsort((kv_positions, document))
-    _, first = _runs(_take(document, order))
+    _, first = runs(_take(document, order))
     first = _take(_take(_take(kv_positions, order), first), jnp.argsort(order))
     same = (q_segments[:, :, None] == document[:, None]) & filled[:, None]
     q_first = jnp.where(same, kv_positions[:, None], NOWHERE).min(-1)
@@ -190,13 +190,6 @@ def _ordered(places: Places) -> tuple[Array, Array]:
     if places.order is None:
         return places.document, places.place
     return _take(places.document, places.order), _take(places.place, places.order)
-
-
-def _runs(x: Array) -> tuple[Array, Array]:
-    """Of a row [batch, S] the number of the run of equal values, and the index of its first."""
-    new = (x != jnp.roll(x, 1, 1)).at[:, 0].set(True)
-    first = jax.lax.cummax(jnp.where(new, jnp.arange(x.shape[1]), 0), 1)
-    return jnp.cumsum(new, 1) - 1, first
 
 
 def _listed(document: Array, place: Array, begins: Array, count: int) -> Blocks:

@@ -63,11 +63,6 @@ class Indexer(Layer):
             "weight": weight((self.dim, self.num_heads), ("embed", None)),
         }
 
-    def cost(self, length: int) -> Cost:
-        """Adds the scores of all keys of a sequence; active are the half seen on average."""
-        per_key = 2 * self.num_heads * (self.head_dim + 1)
-        return super().cost(length) + Cost(per_key * length, per_key * (length + 1) / 2)
-
     def queries(
         self, params: Tree, x: Array, latent: Array, positions: Array
     ) -> tuple[Array, Array]:
@@ -148,14 +143,17 @@ class DSA(MLA):
 
     def cost(self, length: int) -> Cost:
         """Adds what heads multiply: with all keys or, gathered, with `top_k` latents; active are
-        those that a query of a full sequence attends to on average."""
+        those that a query of a full sequence attends to on average. The indexer scores all keys;
+        active are those seen."""
         if self.gathers(length):
             per_key, keys = 4 * self.num_heads * (self.kv_rank + self.rope_dim), self.top_k
         else:
             per_key, keys = 2 * self.num_heads * (self.query_dim + self.value_dim), length
         chosen = length if self.stage == "warmup" else min(self.top_k, length)
-        seen = seen_keys(self.mask, length, chosen)
-        return Layer.cost(self, length) + Cost(per_key * keys, per_key * seen)
+        attended = Cost(per_key * keys, per_key * seen_keys(self.mask, length, chosen))
+        per_score = 2 * self.index_heads * (self.index_dim + 1)
+        scored = Cost(per_score * length, per_score * seen_keys(self.mask, length))
+        return Layer.cost(self, length) + attended + scored
 
     @property
     def cached(self) -> dict[str, Param]:
@@ -171,8 +169,9 @@ class DSA(MLA):
         self, params: Tree, x: Array, latent: Array, q: Array, entries: Tree, where: Tree, ctx: Any
     ) -> tuple[Array, Aux]:
         """As MLA, and the indexer's loss: queries in blocks, so that no scores [T, S] exist."""
-        positions = where.get("q_positions", jnp.arange(q.shape[1])[None])
-        turn = positions if ctx.positions is None else ctx.positions
+        order = jnp.arange(q.shape[1])[None]
+        positions = where.get("q_positions", order)
+        turn = order if ctx.positions is None else ctx.positions
         x, latent = jax.lax.stop_gradient((x, latent))
         index_q, index_w = self.indexer.queries(params["indexer"], x, latent, turn)
         latents, index_k = (entries[name].astype(q.dtype) for name in ("k", "index"))

@@ -1,5 +1,6 @@
 """DeepSeek sparse attention: parity with DeepSeek-V3.2, its two stages, decoding, isolation."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ from arrays import close, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bestiary.layers import DEFAULT_RULES, DSA, MLA, Context, Rope, use_rules
+from bestiary.eval.accounting import account
+from bestiary.layers import DEFAULT_RULES, DSA, MLA, Context, Rope, SinksWindow, use_rules
 from bestiary.layers.base import flatten
 from bestiary.layers.dsa import choose
 
@@ -90,14 +92,14 @@ def test_equals_deepseek(golden: SimpleNamespace) -> None:
         return out, pull(jnp.asarray(a["cot"])), layer.indexer.scores(q, w, keys)
 
     out, (grads, dx), scores = run(params, x)
-    close(scores, a["index_scores"], 1e-5)
+    close(scores, a["index_scores"], rtol=1e-5)
     causal = np.tril(np.ones(scores.shape[1:], bool))[None]
     np.testing.assert_array_equal(choose(scores, causal, layer.top_k), a["keep"])
-    close(out, a["out"], 1e-5)
-    close(dx, a["d_x"], 1e-5)
-    close(grads["query"].reshape(layer.q_rank, -1).T, a["d_q_b"], 1e-5)
+    close(out, a["out"], rtol=1e-5)
+    close(dx, a["d_x"], rtol=1e-5)
+    close(grads["query"].reshape(layer.q_rank, -1).T, a["d_q_b"], rtol=1e-5)
     kv = np.concatenate((grads["key"], grads["value"]), -1)
-    close(kv.reshape(layer.kv_rank, -1).T, a["d_kv_b"], 1e-5)
+    close(kv.reshape(layer.kv_rank, -1).T, a["d_kv_b"], rtol=1e-5)
     assert all(not np.any(g) for _, g in flatten(grads["indexer"]))  # the choice has no gradient
 
 
@@ -136,10 +138,19 @@ def test_both_forms_are_one_function() -> None:
     one, other = run(layer), run(masked)
     for (path, a), (_, b) in zip(flatten(one[0][0]), flatten(other[0][0]), strict=True):
         assert np.any(a), path
-        close(a, b, 1e-4)
-    close(one[0][1], other[0][1], 1e-4)
-    close(one[1][0], other[1][0], 1e-5)
-    close(one[1][1].losses["indexer"], other[1][1].losses["indexer"], 1e-5)
+        close(a, b, rtol=1e-4)
+    close(one[0][1], other[0][1], rtol=1e-4)
+    close(one[1][0], other[1][0], rtol=1e-5)
+    close(one[1][1].losses["indexer"], other[1][1].losses["indexer"], rtol=1e-5)
+
+
+def test_a_decoded_token_scores_the_keys_that_are_kept() -> None:
+    def flops(window: int) -> float:
+        cache = SinksWindow(sinks=1, window=window)
+        return account(replace(FORMS["masked"], cache=cache), 40).decode_flops_active
+
+    a_score = 2 * SIZES["index_heads"] * (SIZES["index_dim"] + 1)
+    assert flops(20) - flops(9) == pytest.approx(11 * a_score)
 
 
 def test_with_room_for_all_keys_it_is_mla() -> None:
@@ -151,7 +162,7 @@ def test_with_room_for_all_keys_it_is_mla() -> None:
         jax.jit(lambda p, m=m: ctx.without_padding(m.apply(p, X, ctx)[0]))(params)
         for m in (layer, MLA(**plain))
     )
-    close(y, expected, 1e-5)
+    close(y, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
@@ -189,7 +200,7 @@ def test_the_indexer_learns_what_the_heads_attend_to(stage: Any) -> None:
         log_q = scores[b, t, keys] - np.log(np.exp(scores[b, t, keys]).sum())
         total += (p * (np.log(p) - log_q)).sum()
         tokens += 1
-    close(value, total / tokens, 1e-4)
+    close(value, total / tokens, rtol=1e-4)
 
 
 @every_form
@@ -203,7 +214,7 @@ def test_decoding_equals_the_full_forward(name: str) -> None:
         positions = jnp.broadcast_to(jnp.arange(first, last), (BATCH, last - first))
         y, cache = step(X[:, first:last], Context(positions=positions), cache)
         parts.append(y)
-    close(jnp.concatenate(parts, 1), full, 1e-5)
+    close(jnp.concatenate(parts, 1), full, rtol=1e-5)
 
 
 @every_form
@@ -235,7 +246,7 @@ def test_long_rows_equal_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bestiary.kernels.block_attention.blocks.QUERIES", 5)
     monkeypatch.setattr("bestiary.kernels.block_attention.blocks.WHOLE", 5, raising=False)
     parts = run()
-    jax.tree.map(lambda a, b: close(a, b, 1e-4), parts, whole)
+    jax.tree.map(lambda a, b: close(a, b, rtol=1e-4), parts, whole)
 
 
 @every_form
@@ -253,7 +264,7 @@ def test_sharded_over_heads_and_rows(name: str, mesh: Any) -> None:
             lambda p, s: jax.device_put(p, s.sharding), params, layer.abstract(mesh)
         )
         value = jax.jit(jax.value_and_grad(loss))(placed)
-    jax.tree.map(lambda a, b: close(a, b, 1e-4), value, expected)
+    jax.tree.map(lambda a, b: close(a, b, rtol=1e-4), value, expected)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ neuron of the last), FT-ClipAct's searched bounds, ProAct's trained ones.
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from bestiary.eval.clipping import Per, accuracy, clip, faulty_accuracy, search_
 from bestiary.eval.faults import Format, number_format
 from bestiary.eval.proact import ProAct, train_bounds
 from bestiary.layers import Relu
-from bestiary.layers.base import Tree
+from bestiary.layers.base import Layer, Tree
 from bestiary.layers.clipped import Kind
 from bestiary.layers.perceptron import Perceptron, perceptron
 
@@ -46,12 +47,21 @@ def digits(seed: int) -> tuple[Rows, Rows, Rows]:
     return train, validation, test
 
 
-def trained(model: Perceptron, rows: Rows, seed: int, epochs: int = 100, size: int = 100) -> Tree:
-    """Parameters after Adam on the cross-entropy, weight decay 1e-3."""
+def trained(
+    model: Layer,
+    params: Tree,
+    rows: Rows,
+    key: jax.Array,
+    *,
+    rate: Any = 3e-3,
+    epochs: int = 100,
+    size: int = 100,
+) -> Tree:
+    """Parameters after AdamW on the cross-entropy: weight decay 1e-3, a rate along a cosine,
+    batches of `size` rows in an order that the key draws for each epoch."""
     x, labels = rows
-    tx = optax.adamw(
-        optax.cosine_decay_schedule(3e-3, epochs * (len(x) // size)), weight_decay=1e-3
-    )
+    steps = epochs * (len(x) // size)
+    tx = optax.adamw(optax.cosine_decay_schedule(1.0, steps), weight_decay=1e-3)
 
     def loss(params: Tree, chosen: jax.Array) -> jax.Array:
         logits = model.apply(params, x[chosen])
@@ -60,17 +70,12 @@ def trained(model: Perceptron, rows: Rows, seed: int, epochs: int = 100, size: i
     def step(carry: tuple, chosen: jax.Array) -> tuple[tuple, None]:
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params, chosen), state, params)
+        updates = jax.tree.map(lambda u: rate * u, updates)
         return (optax.apply_updates(params, updates), state), None
 
-    @jax.jit
-    def run(key: jax.Array) -> Tree:
-        params = model.init(key)
-        orders = jax.vmap(lambda k: jax.random.permutation(k, len(x)))(
-            jax.random.split(key, epochs)
-        )
-        return jax.lax.scan(step, (params, tx.init(params)), orders.reshape(-1, size))[0][0]
-
-    return run(jax.random.key(seed))
+    keys = jax.random.split(key, epochs)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, len(x)))(keys)
+    return jax.lax.scan(step, (params, tx.init(params)), orders.reshape(steps, size))[0][0]
 
 
 def members(
@@ -106,7 +111,8 @@ def main() -> None:
 
     train, validation, test = digits(seed)
     model = perceptron(WIDTHS, lambda width: Relu())
-    params = trained(model, train, seed)
+    key = jax.random.key(seed)
+    params = jax.jit(partial(trained, model))(model.init(key), train, key)
     for stored in FORMATS:
         form = number_format(stored)
         print(f"\n{stored}: percent right of {len(test[1])} test digits, {arguments.draws} draws\n")

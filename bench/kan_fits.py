@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from faults import Rows, digits
+from faults import Rows, digits, trained
 
 from bestiary.layers import (
     AFKAN,
@@ -163,24 +162,9 @@ def of_size(make: Callable[[int], Layer], parameters: int, step: int) -> tuple[i
 
 def score(net: Layer, key: Array, rate: Array, parts: tuple[Rows, ...], epochs: int) -> Array:
     """Accuracy on the parts that follow the first, after AdamW on that, in batches of 60."""
-    (x, labels), *others = parts
-    steps = epochs * (len(x) // 60)
-    tx = optax.adamw(optax.cosine_decay_schedule(1.0, steps), weight_decay=1e-3)
-
-    def loss(params: Tree, rows: Array) -> Array:
-        logits = net.apply(params, x[rows])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
-
-    def step(carry: tuple, rows: Array) -> tuple[tuple, None]:
-        params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params, rows), state, params)
-        updates = jax.tree.map(lambda u: rate * u, updates)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(jax.random.fold_in(key, 1), epochs)
-    orders = jax.vmap(lambda key: jax.random.permutation(key, len(x)))(keys)
-    params = net.init(key)
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), orders.reshape(steps, 60))
+    first, *others = parts
+    order = jax.random.fold_in(key, 1)
+    params = trained(net, net.init(key), first, order, rate=rate, epochs=epochs, size=60)
     return jnp.stack([(net.apply(params, x).argmax(-1) == y).mean() for x, y in others])
 
 

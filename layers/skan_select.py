@@ -11,8 +11,9 @@ from bestiary.layers.base import Array, Layer, Param, Tree, expand, is_param, la
 from bestiary.layers.kan import KAN
 from bestiary.layers.kan_basis import Basis, EdgeAxes
 from bestiary.layers.norms import LayerNorm
+from bestiary.layers.repeat import Chain, Repeat
 from bestiary.layers.sharding import dot
-from bestiary.layers.skan import SKAN, SKANFFN, Selectable
+from bestiary.layers.skan import SKAN, Selectable
 
 Groups = tuple[tuple[Basis, tuple[int, ...]], ...]
 
@@ -93,19 +94,76 @@ def take_inputs(x: Array, where: tuple[int, ...], axis: int) -> Array:
 
 
 def select(layer: Layer, params: Tree) -> tuple[Layer, Tree]:
-    """The layer in which only the basis with the largest share is left, and its parameters: a
-    `PrunedSKAN` where nodes or edges selected, a `KAN` or `KANConv` where the layer did, and of an
-    `SKANFFN` the same with both layers selected. It equals the layer with shares of 1 and 0 (or -1,
-    where linear weights are negative).
+    """The layer, or whatever holds it up to a whole model, in which only the basis with the largest
+    share is left, and its parameters.
 
-    The choice becomes part of the layer, so that this cannot be traced. Raises ValueError for
-    another layer.
+    Left is a `PrunedSKAN` where nodes or edges selected, and a `KAN` or `KANConv` where the layer
+    did. It equals the layer with shares of 1 and 0 (or -1, where linear weights are negative). A
+    `Repeat` whose copies chose alike stays one; else it becomes a `Chain` of one `Repeat` for each,
+    since what is left of them has other shapes.
+
+    The choice becomes part of the layer, so that this cannot be traced. Raises ValueError for a
+    layer in which nothing selects.
     """
-    if isinstance(layer, SKANFFN):
-        up, down = (select(getattr(layer, name), params[name]) for name in ("up", "down"))
-        return replace(layer, up=up[0], down=down[0]), {"up": up[1], "down": down[1]}
-    if not isinstance(layer, Selectable):
-        raise ValueError(f"layer: {type(layer).__name__}; need SKAN, SConvKAN or SKANFFN")
+    left, kept = _selected(layer, params)
+    if left == layer:
+        raise ValueError(f"layer: {type(layer).__name__}; need SKAN or SConvKAN, or what holds one")
+    return left, kept
+
+
+def _selected(layer: Layer, params: Tree) -> tuple[Layer, Tree]:
+    if isinstance(layer, Selectable):
+        return _best(layer, params)
+    if isinstance(layer, Repeat):
+        return _each(layer, params)
+    if isinstance(layer, Chain):
+        parts: list[tuple[Layer, Tree]] = []
+        for i, member in enumerate(layer.layers):
+            left, kept = _selected(member, params[str(i)])
+            flat = isinstance(member, Repeat) and isinstance(left, Chain)
+            parts += (
+                [(m, kept[str(j)]) for j, m in enumerate(left.layers)] if flat else [(left, kept)]
+            )
+        return _chain(parts)
+    spec, fields = layer.spec(), {}
+    for name in spec:
+        part = getattr(layer, name, None)
+        if isinstance(part, Layer) and part == spec[name]:
+            fields[name], own = _selected(part, params[name])
+            params = params | {name: own}
+    return replace(layer, **fields) if fields else layer, params  # type: ignore[type-var]
+
+
+def _each(layer: Repeat, params: Tree) -> tuple[Layer, Tree]:
+    parts = [
+        _selected(layer.block, jax.tree.map(lambda w, i=i: w[i], params)) for i in range(layer.n)
+    ]
+    blocks = [block for block, _ in parts]
+    if blocks.count(blocks[0]) == layer.n:
+        kept = jax.tree.map(lambda *w: jnp.stack(w), *(kept for _, kept in parts))
+        return replace(layer, block=blocks[0]), kept
+    return _chain(
+        [
+            (
+                replace(
+                    layer,
+                    block=block,
+                    n=1,
+                    constants=tuple((name, v[i : i + 1]) for name, v in layer.constants),
+                ),
+                jax.tree.map(lambda w: w[None], kept),
+            )
+            for i, (block, kept) in enumerate(parts)
+        ]
+    )
+
+
+def _chain(parts: list[tuple[Layer, Tree]]) -> tuple[Layer, Tree]:
+    layers = tuple(layer for layer, _ in parts)
+    return Chain(layers=layers), {str(i): kept for i, (_, kept) in enumerate(parts)}
+
+
+def _best(layer: Selectable, params: Tree) -> tuple[Layer, Tree]:
     share = layer.selection.shares(params["selection"])
     choice, sign = np.asarray(jnp.abs(share).argmax(-1)), jnp.sign(share)
     if choice.ndim == 0:

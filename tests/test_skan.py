@@ -291,8 +291,27 @@ def test_a_selected_feed_forward_is_one() -> None:
     pruned, kept = select(ffn, params)
     assert isinstance(pruned, SKANFFN) and pruned.dim == INPUTS
     (y, aux), (left, none) = ffn.apply(params, X), pruned.apply(kept, X)
-    close(left, y, 1e-5)
+    close(left, y, rtol=1e-5)
     assert aux.metrics["up"]["undecided"] == 0 and not none.metrics
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_every_layer_of_a_decoder_selects_for_itself(alike: bool) -> None:
+    """The model with shares of 1 and 0, still scanned where all layers chose alike."""
+    model = byte_llama(2, 32, ffn_of(32, 8))
+    params, tokens = model.init(jax.random.key(0)), jnp.arange(20).reshape(2, 10)
+    ffn = params["blocks"]["ffn"]
+    for name in ("up", "down"):
+        weight = ffn[name]["selection"]["weight"]  # [layers, inputs, pool]
+        choice = np.random.default_rng(4).integers(0, len(SMALL), weight.shape[:2])
+        choice = choice[:1].repeat(2, 0) if alike else choice
+        one_hot = 1e4 * np.eye(len(SMALL), dtype=np.float32)[choice]
+        ffn[name] = ffn[name] | {"selection": {"weight": jnp.asarray(one_hot)}}
+    left, kept = select(model, params)
+    assert len(left.stacks) == (1 if alike else 2)  # type: ignore[attr-defined]
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(lambda s: s.shape, left.abstract())
+    assert jax.tree.structure(trains(left, 3)) == jax.tree.structure(kept)
+    close(left.apply(kept, tokens)[0], model.apply(params, tokens)[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("selected", [False, True])
@@ -366,7 +385,7 @@ def test_curves_of_what_is_left_can_be_drawn() -> None:
         (lambda: SKANFFN(up=skan(), down=skan()), "down: 10 to 6; need 6 to 10, back"),
         (lambda: dataclasses.replace(ffn_of(4, 6), entropy=-1.0), "entropy: -1.0; need 0 or more"),
         (lambda: trains(skan(), 4), "phase: 4; need 1, 2 or 3"),  # type: ignore[arg-type]
-        (lambda: select(RBF(), {}), "layer: RBF; need SKAN, SConvKAN or SKANFFN"),
+        (lambda: select(RBF(), {}), "layer: RBF; need SKAN or SConvKAN, or what holds one"),
         (
             lambda: PrunedSKAN(inputs=3, outputs=1, groups=((RBF(), (0, 2)), (RSWAF(), (2,)))),
             r"groups: \[0, 2, 2\]; need every input below 3 once",

@@ -11,7 +11,8 @@ from arrays import close, draw
 from scipy.special import erf
 
 from bestiary.layers import GLU, LayerNorm, MoE, PolyReLU, Relu, Router, Silu
-from bestiary.layers.base import Precision, flatten, params_of
+from bestiary.layers.base import Context, Precision, flatten, params_of
+from bestiary.layers.drop_path import drop_path
 from bestiary.layers.grkan import GRKAN
 from bestiary.layers.sharding import DEFAULT_RULES, use_rules
 from bestiary.zoo import load_model
@@ -111,6 +112,27 @@ def test_only_positions_tell_patches_apart() -> None:
     assert np.abs(run(params, x)[0] - run(params, swapped)[0]).max() > 1e-3
     params["positions"] = jnp.zeros_like(params["positions"])
     close(run(params, swapped)[0], run(params, x)[0])
+
+
+def test_stochastic_depth() -> None:
+    """Rows pass by branches as often as declared, what stays is divided by its share, and without a
+    key nothing is left out."""
+    y, rate = jnp.ones((4000, 2, 3)), jnp.float32(0.25)
+    ctx = Context(key=jax.random.key(0), layer={"drop_path": rate})
+    kept = np.asarray(drop_path(y, ctx, "a"))
+    assert set(np.unique(kept)) == {0, np.float32(1 / 0.75)} and abs(kept.mean() - 1) < 0.05
+    assert (kept == kept[:, :1, :1]).all() and (kept != drop_path(y, ctx, "b")).any()
+    for other in (Context(key=ctx.key), Context(layer=ctx.layer)):
+        assert drop_path(y, other, "a") is y
+    model = tiny(drop_path=0.5)
+    assert dict(model.dropping.constants) == {"drop_path": (0.0, 0.5)}
+    params, x = draw(model), images(model)
+    run = jax.jit(lambda key: model.apply(params, x, Context(key=key))[0])
+    close(model.apply(params, x)[0], tiny().apply(params, x)[0])
+    found = [np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1)]
+    assert (found[0] == found[1]).all() and (found[0] != found[2]).any()
+    with pytest.raises(ValueError, match="drop_path: 1; need 0 or more, below 1"):
+        tiny(drop_path=1)
 
 
 FFNS = {

@@ -19,6 +19,7 @@ from bestiary.layers.base import (
     layer,
     sum_costs,
 )
+from bestiary.layers.drop_path import drop_path
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.norms import RMSNorm
 from bestiary.layers.repeat import Chain, Repeat
@@ -70,8 +71,8 @@ class Block(Layer):
 
         def residual(x: Array, y: Array, name: str) -> Array:
             if self.placement == "post":
-                return shard(norm(name, x + y), *STREAM)
-            return shard(x + norm(name, y), *STREAM)
+                return shard(norm(name, x + drop_path(y, ctx, name)), *STREAM)
+            return shard(x + drop_path(norm(name, y), ctx, name), *STREAM)
 
         mixer_cache = None if cache is None else cache["mixer"]
         y, mixer_cache, mixer_aux = self.mixer.apply(

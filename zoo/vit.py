@@ -5,6 +5,8 @@ DeiT (Touvron et al. 2021, arXiv 2012.12877) and, with rational feed-forwards, K
 (arXiv 2309.16588).
 """
 
+from dataclasses import replace
+from itertools import islice
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -63,6 +65,9 @@ class ViT(ImageModel):
     positions: Positions = "learned"
     """Added to patches and class token: learned, or fixed sines and cosines of row and column (Chen
     et al. 2021, MoCo v3), of which the class token has none."""
+    drop_path: float = 0.0
+    """Share of the rows that, in training, pass by a branch of the last block; from 0 at the first
+    it grows in a straight line (stochastic depth)."""
     std: float | None = None
     """Of every matrix at the start; None: as the layers say, mostly 1 / sqrt(inputs)."""
     precision: Precision = Precision()
@@ -79,6 +84,8 @@ class ViT(ImageModel):
                 raise ValueError(f"{name}: {getattr(self, name)!r}; need one of {known}")
         if self.registers < 0:
             raise ValueError(f"registers: {self.registers}; need 0 or more")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: {self.drop_path}; need 0 or more, below 1")
         if self.positions == "sincos" and self.norm.dim % 4:
             raise ValueError(f"norm.dim: {self.norm.dim}; sincos positions need a multiple of 4")
 
@@ -134,10 +141,23 @@ class ViT(ImageModel):
             x = x + params["positions"].astype(x.dtype)
         if self.registers:
             x = jnp.concatenate((x, learned("registers")), 1)
-        x, _, aux = self.blocks.apply(params["blocks"], shard(x, *STREAM), ctx)
+        blocks = self.dropping if self.drop_path and ctx.key is not None else self.blocks
+        x, _, aux = blocks.apply(params["blocks"], shard(x, *STREAM), ctx)
         x = self.norm.apply(params["norm"], x)
         pooled = x[:, 0] if self.pool == "class" else x[:, :patches].mean(1)
         return self.head.apply(params["head"], pooled, jnp.float32), Aux.join(blocks=aux)
+
+    @property
+    def dropping(self) -> Layer:
+        """The blocks, each of which knows its rate of stochastic depth."""
+        depth = sum(stack.n for stack in self.stacks)
+        rates = iter([self.drop_path * i / max(depth - 1, 1) for i in range(depth)])
+
+        def one(stack: Repeat) -> Repeat:
+            own = ("drop_path", tuple(islice(rates, stack.n)))
+            return replace(stack, constants=(*stack.constants, own))
+
+        return self.map_stacks(one).blocks
 
     def cut(self, images: Array) -> Array:
         """[batch, height, width, channels] -> [batch, patches, pixels] in the compute type."""
@@ -176,7 +196,7 @@ def gelu_mlp(dim: int) -> MLP:
     return MLP(dim=dim, hidden=4 * dim, activation=Gelu(), bias=True)
 
 
-def _imagenet(dim: int, ffn: Layer) -> ViT:
+def _imagenet(dim: int, ffn: Layer, drop_path: float = 0.1) -> ViT:
     """12 layers with heads of 64 channels, on 196 patches of 16 x 16."""
     return ViT(
         height=224,
@@ -186,6 +206,7 @@ def _imagenet(dim: int, ffn: Layer) -> ViT:
         classes=1000,
         blocks=vit_blocks(dim, dim // 64, 12, ffn),
         norm=LayerNorm(dim=dim, eps=1e-6),
+        drop_path=drop_path,
         std=0.02,
     )
 
@@ -247,4 +268,4 @@ def kat_small() -> ViT:
 
 def kat_base() -> ViT:
     """KAT-B: DeiT-B with GR-KAN feed-forwards."""
-    return _imagenet(768, GRKAN(dim=768, hidden=3072))
+    return _imagenet(768, GRKAN(dim=768, hidden=3072), drop_path=0.4)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -225,10 +225,12 @@ def run(command: Evaluate) -> None:
     from bestiary.train.checkpoint import load_run
 
     experiment, params = load_run(command.run_dir)
+    path = command.data_path
     if command.sparsity or command.caching.cache or isinstance(experiment.model, Decoder):
         model, text = language_model(experiment)
-        return _run_text(command, model, _chosen(text, command.data_path), params)
-    data = _chosen(experiment.data, command.data_path)
+        text = text if path is None else text.elsewhere(path)
+        return _run_text(command, model, text, params)
+    data = experiment.data if path is None else experiment.data.elsewhere(path)
     found = measure(experiment, data, params, command.steps)
     if command.json:
         print(json.dumps(found))
@@ -250,16 +252,6 @@ def measure(
     batches = islice(loaded.validation(), steps)
     found = [jax.device_get(program(experiment.model, params, batch)) for batch in batches]
     return experiment.objective.summary(found)
-
-
-def _chosen(data: D, path: str | None) -> D:
-    """`data`, or all of what is at another path."""
-    if path is None:
-        return data
-    fields = {f.name for f in dataclasses.fields(data)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {"path": path, "validation_fraction": 1.0}
-    changes = {name: value for name, value in changes.items() if name in fields}
-    return dataclasses.replace(data, **changes)  # type: ignore[type-var]
 
 
 def _run_text(command: Evaluate, model: Decoder, data: Data, params: Tree) -> None:

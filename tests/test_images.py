@@ -116,6 +116,77 @@ def test_pixels_are_normalised(tmp_path: Path) -> None:
     assert loaded.validation_batches == 0
 
 
+def test_training_images_vary_and_others_do_not() -> None:
+    """Each is one of its mirrored and moved selves; the draws follow from seed and step alone."""
+    plain, loaded = (Images(batch_size=40, **c).load() for c in ({}, {"flip": True, "shift": 2}))
+    before, after = (next(x.train(3)) for x in (plain, loaded))
+    kinds = set()
+    for image, seen in zip(before["inputs"], after["inputs"], strict=True):
+        wide = np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=-1)
+        flat = np.pad(image[:, ::-1], ((2, 2), (2, 2), (0, 0)), constant_values=-1)
+        kinds |= {
+            (flip, y, x)
+            for flip, from_ in enumerate((wide, flat))
+            for y in range(5)
+            for x in range(5)
+            if np.allclose(from_[y : y + 8, x : x + 8], seen)
+        }
+        assert any(
+            np.allclose(f[y : y + 8, x : x + 8], seen)
+            for f in (wide, flat)
+            for y in range(5)
+            for x in range(5)
+        )
+    assert [{k[i] for k in kinds} for i in range(3)] == [{0, 1}, set(range(5)), set(range(5))]
+    np.testing.assert_array_equal(before["targets"], after["targets"])
+    parts = [next(loaded.train(3, i, 2))["inputs"] for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(parts), after["inputs"])
+    one, other = (next(iter(x.validation())) for x in (plain, loaded))
+    np.testing.assert_array_equal(one["inputs"], other["inputs"])
+
+
+def test_images_of_other_sizes_are_scaled_and_cut(tmp_path: Path) -> None:
+    pictures(tmp_path, per_class=1)
+    half = np.zeros((24, 32, 3), np.uint8)
+    half[:, 16:] = 255  # covers 4 x 6 as 8 x 6, of which the middle 4 columns stay
+    Image.fromarray(half).save(tmp_path / "ant" / "0.png")
+    with pytest.raises(ValueError, match="0.png': is 32 x 24; need .* 4 x 6, or data.resize"):
+        Images(path=str(tmp_path), **SMALL).load()
+    rows = Images(path=str(tmp_path), resize=True, validation_fraction=0.0, **SMALL).load()
+    image = rows.training_rows["inputs"][rows.training_rows["targets"] == 0][0].astype(int)
+    assert image.shape == (6, 4, 3) and image[:, 0].max() < 40 and image[:, 3].min() > 215
+
+
+def test_mixing_against_its_definition() -> None:
+    x = jnp.arange(2 * 8 * 6, dtype=jnp.float32).reshape(2, 8, 6, 1)
+    shares = set()
+    for seed in range(6):
+        key = jax.random.key(seed)
+        y, share = Classification(mixup=0.8).mixed(x, key)
+        np.testing.assert_allclose(y, share * x + (1 - share) * x[::-1], rtol=1e-5)
+        y, share = Classification(cutmix=1.0).mixed(x, key)
+        own = np.asarray(y == x)
+        assert (own | np.asarray(y == x[::-1])).all()
+        np.testing.assert_allclose(own.mean(), share, rtol=1e-5)
+        rows, columns = (~own[0, :, :, 0]).any(1).sum(), (~own[0, :, :, 0]).any(0).sum()
+        assert rows * columns == (~own[0]).sum()  # a rectangle
+        shares.add(float(share))
+    assert len(shares) > 3
+    # the targets are mixed as the images are; measuring mixes nothing
+    model = Flat(linear=Linear(inputs=6, outputs=4))
+    params, objective = model.init(jax.random.key(0)), Classification(mixup=0.8)
+    images = jax.random.normal(jax.random.key(1), (5, 3, 2, 1))
+    batch = {"inputs": images, "targets": jnp.array([0, 3, 2, 1, 1]), "weights": jnp.ones(5)}
+    _, report, _ = objective(model, params, batch, jax.random.key(2))
+    y, share = objective.mixed(images, jax.random.split(jax.random.key(2))[0])
+    log_p = np.asarray(jax.nn.log_softmax(model.apply(params, y)[0]), np.float64)
+    right = np.eye(4)[np.asarray(batch["targets"])]
+    mixed = float(share) * right + (1 - float(share)) * right[::-1]
+    np.testing.assert_allclose(report["sums"]["loss"], -(mixed * log_p).sum(), rtol=1e-5)
+    plain = Classification().measure(model, params, batch)
+    np.testing.assert_array_equal(objective.measure(model, params, batch)["loss"], plain["loss"])
+
+
 def damaged(folder: Path) -> Path:
     pictures(folder)
     file = folder / "bee" / "3.png"
@@ -181,7 +252,8 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("path", ""), ("height", 0), ("channels", 2), ("classes", 1), ("batch_size", 0),
-     ("validation_fraction", 1.5), ("mean", (0.1, 0.2)), ("std", (0.0,)), ("std", ())],
+     ("validation_fraction", 1.5), ("mean", (0.1, 0.2)), ("std", (0.0,)), ("std", ()),
+     ("shift", -1), ("shift", 8)],
 )  # fmt: skip
 def test_impossible_data_is_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^data.{field}: "):
@@ -235,6 +307,8 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         replace(load_experiment("tiny"), data=Images())
     with pytest.raises(ValueError, match="objective.smoothing: 1"):
         Classification(smoothing=1)
+    with pytest.raises(ValueError, match="objective.mixup: -1"):
+        Classification(mixup=-1)
     run = {"run_dir": str(tmp_path / "run"), "steps": 1}
     with pytest.raises(ValueError, match="model: ViT reads no text; need a language model"):
         train(replace(load_experiment("tiny"), model=digits.model, **run), "tiny")
@@ -286,6 +360,22 @@ def test_a_run_continues_bit_exactly(finished: Path, tmp_path: Path) -> None:
     train(tiny(tmp_path / "run", checkpoints=checkpoints), "digits")
     one, other = (load_run(r)[1] for r in (finished, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (one, other)))
+
+
+def test_a_run_that_draws_continues_bit_exactly(tmp_path: Path) -> None:
+    """Augmentation, mixing and stochastic depth follow from seed and step."""
+    checkpoints = replace(load_experiment("digits").checkpoints, every=2)
+    run = tiny(
+        tmp_path / "run",
+        model=replace(small_vit(8, 4, 32, 2), drop_path=0.3),
+        data=Images(batch_size=16, flip=True, shift=1),
+        objective=Classification(smoothing=0.1, mixup=0.8, cutmix=1.0),
+        checkpoints=checkpoints,
+        steps=4,
+    )
+    first = jax.device_get(load_run(train(run, "digits"))[1])
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    jax.tree.map(np.testing.assert_array_equal, first, load_run(train(run, "digits"))[1])
 
 
 def test_devices_do_not_change_the_losses(finished: Path, tmp_path: Path) -> None:

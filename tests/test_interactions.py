@@ -73,6 +73,14 @@ U_ITEM = FLAGS.replace("40|A", "9|B").replace("0|0|0|1", "0|1|0|0", 1) + FLAGS
             },
             ("-", "Comedy", "Drama"),
         ),
+        (  # a row that is there again, and a line of spaces
+            {
+                "clicks.tsv": "user\titem\ttime\n7\t40\t100\n7\t41\t50\n \n7\t41\t50\n7\t9\t50\n"
+                "7\t40\t100\n2\t40\t7\n"
+            },
+            ("-", "-", "-"),
+        ),
+        ({"u1.base": "\n".join("\t".join(r) for r in ROWS)}, ("-", "-", "-")),
     ],
 )
 def test_formats(files: dict[str, str], categories: tuple, tmp_path: Path) -> None:
@@ -82,7 +90,7 @@ def test_formats(files: dict[str, str], categories: tuple, tmp_path: Path) -> No
     first, second, third = categories
     expected = [("7", "41", first), ("7", "9", second), ("7", "40", third), ("2", "40", third)]
     assert named(read_log(str(tmp_path / next(iter(files))))) == expected
-    if "clicks.csv" not in files:
+    if {"u.data", "ratings.dat", "ratings.csv"} & files.keys():
         assert named(read_log(str(tmp_path))) == expected
 
 
@@ -94,6 +102,8 @@ def test_formats(files: dict[str, str], categories: tuple, tmp_path: Path) -> No
         ("ratings.dat", "1::2::3::x\n", "row 1: timestamp 'x' is no finite number"),
         ("ratings.dat", "1::2::3::nan\n", "row 1: timestamp 'nan' is no finite number"),
         ("ratings.dat", "1:2:3:4\n", "row 1: 1 fields; need 4"),
+        ("u1.base", "1\t2\t3\t4\n1\t3\tNaN\t4\n", "row 2: rating 'NaN' is no finite number"),
+        ("ratings.csv", "userId,movieId,rating,timestamp\n1,2,x,4\n", "row 2: rating 'x' is no"),
         ("a.csv", "user,item,timestamp\n1,2,3\n1,,3\n", "row 3: the item is empty"),
         ("a.csv", "user,item,timestamp\n1,2,3\n1,2,3,4\n", "row 3: 4 fields; need 3"),
         ("a.csv", "user,item,timestamp\n1,2,inf\n", "row 2: timestamp 'inf' is no finite number"),
@@ -146,19 +156,25 @@ def by_user(log: Log) -> dict[int, list[int]]:
 def test_samples_equal_a_loop(tmp_path: Path) -> None:
     """Histories, candidates, labels and counts; the last choice of each user is held out."""
     rng = np.random.default_rng(0)
-    lines = ["user,item,timestamp,category"]
-    for user, n in enumerate((1, 2, 5, 9)):
-        lines += [f"{user},{rng.integers(12)},{t},c{t % 3}" for t in range(n)]
-    path = write(tmp_path / "log.csv", "\n".join(lines))
+    rows = [(user, rng.integers(12), t) for user, n in enumerate((1, 2, 5, 9)) for t in range(n)]
+    rng.shuffle(rows)
+    lines = [f"u{user},i{item},{t},c{item % 3}" for user, item, t in rows]
+    path = write(
+        tmp_path / "log.csv", "\n".join(["user,item,timestamp,category", *lines, lines[3]])
+    )
     data = Interactions(path=path, length=4, batch_size=6)
     loaded = data.load()
     log = loaded.log
+    number = {
+        kind: {name: i for i, name in enumerate(log.names[kind], 1)} for kind in ("user", "item")
+    }
     train, validation = [], []
-    for user, items in by_user(log).items():
-        for i in range(1, len(items)):
-            kept = items[:i][-4:]
-            row = (user, items[i], [0] * (4 - len(kept)) + kept)
-            (validation if i == len(items) - 1 else train).append(row)
+    for user in log.names["user"]:  # from the rows themselves: what came before, by the clock
+        mine = sorted((t, number["item"][f"i{i}"]) for u, i, t in rows if f"u{u}" == user)
+        for k in range(1, len(mine)):
+            kept = [item for t, item in mine if t < mine[k][0]][-4:]
+            row = (number["user"][user], mine[k][1], [0] * (4 - len(kept)) + kept)
+            (validation if k == len(mine) - 1 else train).append(row)
     counts = np.zeros(log.num_items + 1)
     for rows, expected in ((loaded.training_rows, train), (loaded.validation_rows, validation)):
         batch = loaded.prepare(rows)
@@ -190,6 +206,23 @@ def test_samples_equal_a_loop(tmp_path: Path) -> None:
     assert sum(b["weights"].sum() for b in held_out) == 2 * len(validation)
 
 
+def test_a_model_keeps_its_items_on_another_log(tmp_path: Path) -> None:
+    """Ids are those of the log that it learned from, by name; what it does not know is left out."""
+    head = "user,item,timestamp,category\n"
+    old = write(tmp_path / "old.csv", head + "a,x,1,A\na,y,2,B\na,z,3,A\nb,w,1,B\n")
+    new = write(tmp_path / "new.csv", head + "c,y,3,\nc,new,2,C\nc,z,1,B\nc,x,4,\n")
+    data = Interactions(path=old).elsewhere(new)
+    assert data == Interactions(path=new, like=old) == data.elsewhere(new)
+    log = data.load().log
+    assert named(log) == [("c", "z", "A"), ("c", "y", "B"), ("c", "x", "A")]
+    assert log.num_items == 4 and log.items.tolist() == [3, 2, 1]
+    write(tmp_path / "new.csv", head + "c,new,2,C\n")
+    with pytest.raises(ValueError, match="new.csv': holds no interaction with a known item"):
+        data.load()
+    with pytest.raises(ValueError, match="the model knows items of the synthetic log only"):
+        Interactions().elsewhere(new)
+
+
 def test_negatives_are_uniform_over_what_was_not_chosen(tmp_path: Path) -> None:
     lines = [f"{user},{item},{item}" for user in range(500) for item in (0, 1, 2)]
     lines += [f"x,{item},0" for item in range(3, 9)]
@@ -217,6 +250,10 @@ def test_synthetic_log() -> None:
     "run, message",
     [
         (lambda p: Interactions(path=""), "data.path='' must name a file or folder"),
+        (
+            lambda p: Interactions(like="a.csv"),
+            "data.like='a.csv' is for another log; need data.path as well",
+        ),
         (lambda p: Interactions(length=0), "data.length=0 must be at least 1"),
         (lambda p: Interactions(seed=-1), "data.seed=-1 must not be negative"),
         (

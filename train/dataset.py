@@ -3,12 +3,13 @@
 Also its plain form, rows of arrays in memory, shuffled anew in every epoch.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -47,6 +48,13 @@ class Dataset:
         """Raises ValueError, naming field or file, for what cannot be read or used."""
         raise NotImplementedError
 
+    def elsewhere(self, path: str) -> Self:
+        """The same of what is at another path, all of it for validation where that is a choice."""
+        fields = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        changes: dict[str, Any] = {"path": path, "validation_fraction": 1.0}
+        changes = {name: value for name, value in changes.items() if name in fields}
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
 
 class Loaded:
     """The base of what `Dataset.load` returns: a part to train on and a part to validate on."""
@@ -79,6 +87,9 @@ class Loaded:
 class Table(Loaded):
     """Rows [n, ...] of several arrays, alike in n."""
 
+    draws: ClassVar[int] = 0
+    """How many random numbers `vary` takes for a row."""
+
     data: Dataset
     training_rows: Batch
     validation_rows: Batch
@@ -86,6 +97,11 @@ class Table(Loaded):
     @property
     def validation_batches(self) -> int:
         return -(-_rows(self.validation_rows) // self.data.batch_size)
+
+    def vary(self, rows: Batch, draws: np.ndarray) -> Batch:
+        """Rows as an epoch shows them, by numbers [rows, draws] between 0 and 1."""
+        del draws
+        return rows
 
     def prepare(self, rows: Batch) -> Batch:
         """Rows as the model reads them."""
@@ -107,6 +123,9 @@ class Table(Loaded):
         def batch(step: int) -> Batch:
             at = of_epochs(order, n, step * size + index * local, local)
             rows = {name: x[at] for name, x in self.training_rows.items()}
+            if self.draws:  # for the whole batch, so that the number of processes changes nothing
+                draws = np.random.default_rng((seed, step, self.draws)).random((size, self.draws))
+                rows = self.vary(rows, draws[index * local :][:local])
             return self.prepare(rows) | {"weights": np.ones(local, np.float32)}
 
         steps = grain.MapDataset.range(sys.maxsize // size).map(batch)

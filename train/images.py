@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from bestiary.layers.base import Layer, Param
 from bestiary.train.dataset import Batch, Dataset, Table
@@ -40,6 +41,14 @@ class Images(Dataset):
     """Taken from pixels between 0 and 1: one number, or one for each channel."""
     std: tuple[float, ...] = (0.5,)
     """Then divides them; mean 0 and std 1 leave pixels as they are."""
+    resize: bool = False
+    """Image files of another size are scaled until they cover height x width and cut around their
+    middle; without it they are refused."""
+    flip: bool = False
+    """In training, half of the images are mirrored, left for right."""
+    shift: int = 0
+    """In training, images are moved by up to so many pixels to either side and up or down; what
+    comes in is black (padding and a random crop)."""
 
     def __post_init__(self) -> None:
         if self.path == "":
@@ -58,6 +67,10 @@ class Images(Dataset):
                 )
         if not all(value > 0 for value in self.std):
             raise ValueError(f"data.std: {self.std}; need more than 0")
+
+        most = min(self.height, self.width) - 1
+        if not 0 <= self.shift <= most:
+            raise ValueError(f"data.shift: {self.shift}; need 0 to {most}, less than the image")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,27 +148,46 @@ class Images(Dataset):
 
     def _read_image(self, file: Path) -> np.ndarray:
         try:
-            from PIL import Image
+            from PIL import Image, ImageOps
         except ImportError:
             raise refuse(file, "needs pillow: pip install 'bestiary[images]'") from None
         try:
-            with Image.open(file) as image:
-                if image.size == (self.width, self.height) and image.mode[0] not in "IF":
-                    return np.asarray(image.convert(_MODES[self.channels]))
-                size, mode = image.size, image.mode
+            with Image.open(file) as opened:
+                image = ImageOps.exif_transpose(opened)  # cameras say which side is up
+                size, mode, need = image.size, image.mode, (self.width, self.height)
+                if (size == need or self.resize) and mode[0] not in "IF":
+                    image = image.convert(_MODES[self.channels])
+                    return np.asarray(image if size == need else ImageOps.fit(image, need))
         except Exception as error:  # decoders raise almost anything for damaged files
             raise refuse(file, f"is no readable image: {error}") from None
         if mode[0] in "IF":
             raise refuse(file, f"has pixels of kind {mode!r}; need 8 bits a channel")
-        need = f"{self.width} x {self.height}"
-        raise refuse(file, f"is {size[0]} x {size[1]}; need data.width x data.height, {need}")
+        raise refuse(
+            file,
+            f"is {size[0]} x {size[1]}; need data.width x data.height, {self.width} x "
+            f"{self.height}, or data.resize",
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedImages(Table):
     """Images uint8 [n, height, width, channels] as "inputs", their classes as "targets"."""
 
+    draws: ClassVar[int] = 3
+
     data: Images
+
+    def vary(self, rows: Batch, draws: np.ndarray) -> Batch:
+        images, by = rows["inputs"], self.data.shift
+        mirror, down, right = draws.T
+        if self.data.flip:
+            images = np.where((mirror < 0.5)[:, None, None, None], images[:, :, ::-1], images)
+        if by:
+            padded = np.pad(images, ((0, 0), (by, by), (by, by), (0, 0)))
+            y, x = ((at * (2 * by + 1)).astype(int) for at in (down, right))
+            windows = sliding_window_view(padded, self.data.shape[:2], (1, 2))
+            images = np.moveaxis(windows[np.arange(len(images)), y, x], 1, -1)
+        return rows | {"inputs": images}
 
     def prepare(self, rows: Batch) -> Batch:
         pixels = rows["inputs"].astype(np.float32) / 255

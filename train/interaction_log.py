@@ -1,6 +1,7 @@
 """Logs of who chose what and when: MovieLens files, CSV tables, and a synthetic log."""
 
 import csv
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -13,9 +14,13 @@ from bestiary.train.sources import NOT_TEXT, refuse
 
 MOVIELENS = ("user", "item", "rating", "timestamp")
 """Columns of u.data (tabs) and ratings.dat (::), which have no header."""
+PLAIN = {".data": "\t", ".base": "\t", ".test": "\t", ".dat": "::"}
+"""What stands between these columns, by the file's suffix: ua.base, u1.test and others are parts of
+u.data."""
 NAMES = {
     "user": ("user", "userid", "user_id"),
     "item": ("item", "itemid", "item_id", "movieid"),
+    "rating": ("rating",),
     "timestamp": ("timestamp", "time"),
     "category": ("category", "genres", "genre"),
 }
@@ -50,27 +55,33 @@ class Log:
         return len(self.names["category"])
 
 
-def read_log(path: str) -> Log:
+def read_log(path: str, like: Log | None = None) -> Log:
     """The log in a file, or in a folder that holds one of MovieLens' (u.data, ratings.*).
 
     u.data: user, item, rating, timestamp between tabs; ratings.dat: the same between "::". Any
-    other file is a CSV table whose header names user, item and timestamp, and may name category or
-    genres ("Drama|Comedy": the first counts); others columns are left alone. Beside u.data or
-    ratings.*, movies.dat, movies.csv or u.item tells the items' genres. Every row is a choice,
-    whatever its rating.
+    other file is a table with commas, semicolons or tabs, whose header names user, item and
+    timestamp, and may name rating, category or genres ("Drama|Comedy": the first counts); other
+    columns are left alone. Beside u.data or ratings.*, movies.dat, movies.csv or u.item tells the
+    items' genres. Every row is a choice, whatever its rating, and counts once, however often user,
+    item and time are repeated.
+
+    With `like`, items and categories are those of that log, by their names, and rows about others
+    are left out.
 
     Raises:
       ValueError: naming the file, and the row (a header is row 1), when it cannot be read, or a row
-        has too few or too many fields, an empty id, or a time that is no finite number.
+        has too few or too many fields, an empty id, or a rating or time that is no finite number.
     """
     file = _file(path)
     lines = _lines(file)
-    if file.suffix == ".data" or file.suffix == ".dat":
-        rows = _plain(file, lines, "::" if file.suffix == ".dat" else "\t")
+    if file.suffix in PLAIN:
+        rows = _plain(file, lines, PLAIN[file.suffix])
     else:
         rows = _table(file, lines)
     ids: dict[str, dict[str, int]] = {"user": {}, "item": {}, "category": {}}
     users, items, times, categories = [], [], [], {}
+    if like is not None:
+        ids["item"] = {name: i for i, name in enumerate(like.names["item"], 1)}
 
     def number(kind: str, name: str) -> int:
         return ids[kind].setdefault(name, len(ids[kind]) + 1)
@@ -79,24 +90,37 @@ def read_log(path: str) -> Log:
         for kind in ("user", "item"):
             if not values[kind]:
                 raise refuse(file, f"row {row}: the {kind} is empty")
-        times.append(_time(file, row, values["timestamp"]))
+        if "rating" in values:
+            _number(file, row, "rating", values["rating"])
+        time = _number(file, row, "timestamp", values["timestamp"])
+        if like is not None and values["item"] not in ids["item"]:
+            continue
+        times.append(time)
         users.append(number("user", values["user"]))
         items.append(number("item", values["item"]))
         if genre := values.get("category", "").split("|")[0]:
             categories[items[-1]] = number("category", genre)
     if not users:
-        raise refuse(file, "holds no interaction")
-    for item, genre in _catalogue(file).items():
-        if item in ids["item"]:
-            categories[ids["item"][item]] = number("category", genre)
-    order = np.lexsort((np.asarray(times), np.asarray(users)))
-    of_item = np.zeros(len(ids["item"]) + 1, np.int32)
-    of_item[list(categories)] = list(categories.values())
+        raise refuse(file, f"holds no interaction{' with a known item' if like else ''}")
+    if like is None:
+        for item, genre in _catalogue(file).items():
+            if item in ids["item"]:
+                categories[ids["item"][item]] = number("category", genre)
+        of_item = np.zeros(len(ids["item"]) + 1, np.int32)
+        of_item[list(categories)] = list(categories.values())
+        names = {kind: list(found) for kind, found in ids.items()}
+    else:
+        of_item, names = like.categories, like.names | {"user": list(ids["user"])}
+    columns = [np.asarray(column) for column in (items, times, users)]
+    order = np.lexsort(columns)
+    again = np.all([np.diff(column[order]) == 0 for column in columns], 0)
+    kept = np.sort(order[np.append(True, ~again)])  # in the order of the file, which decides ties
+    order = kept[np.lexsort([column[kept] for column in columns[1:]])]
     return Log(
         users=np.asarray(users, np.int32)[order],
         items=np.asarray(items, np.int32)[order],
         categories=of_item,
-        names={kind: list(names) for kind, names in ids.items()},
+        names=names,
     )
 
 
@@ -164,13 +188,15 @@ def _lines(file: Path, encoding: str = "utf-8-sig") -> Iterator[str]:
 def _plain(file: Path, lines: Iterator[str], separator: str) -> Iterator[tuple[int, dict]]:
     """(row, values by column) of a file without header."""
     for row, line in enumerate(lines, 1):
-        if line := line.strip("\r\n"):
+        if (line := line.strip("\r\n")).strip():
             yield row, _values(file, row, line.split(separator), MOVIELENS)
 
 
 def _table(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
-    """(row, values by column) of a CSV table with a header."""
-    reader = csv.reader(lines, strict=True)
+    """(row, values by column) of a table with a header."""
+    first = next(lines, "")
+    delimiter = max(",\t;", key=first.count)
+    reader = csv.reader(itertools.chain([first], lines), strict=True, delimiter=delimiter)
     row = 0
     try:
         header = next(reader, [])
@@ -180,7 +206,7 @@ def _table(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
                 raise refuse(file, f"row 1: need one column {name}, not the header {header}")
         for fields in reader:
             row = reader.line_num
-            if fields:
+            if any(field.strip() for field in fields):
                 yield row, _values(file, row, fields, columns)
     except csv.Error as error:
         raise refuse(file, f"row {reader.line_num}: is not CSV: {error}") from None
@@ -198,14 +224,14 @@ def _values(file: Path, row: int, fields: list[str], columns: tuple | list) -> d
     return {name: value.strip() for name, value in zip(columns, fields, strict=True)}
 
 
-def _time(file: Path, row: int, text: str) -> float:
+def _number(file: Path, row: int, column: str, text: str) -> float:
     try:
-        time = float(text)
+        number = float(text)
     except ValueError:
-        time = math.nan
-    if not math.isfinite(time):
-        raise refuse(file, f"row {row}: timestamp {text!r} is no finite number")
-    return time
+        number = math.nan
+    if not math.isfinite(number):
+        raise refuse(file, f"row {row}: {column} {text!r} is no finite number")
+    return number
 
 
 def _catalogue(log: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Samples for click models: every prefix of a user's choices, what came next, and what did not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ class Interactions(Dataset):
     path: str | None = None
     """MovieLens file or folder (u.data, ratings.dat, ratings.csv), or a CSV with columns user,
     item, timestamp and perhaps category or genres; a synthetic log when absent."""
+    like: str | None = None
+    """Another log, whose items and categories the model knows: ids are that log's, and rows about
+    other items are left out."""
     length: int = 50
     """Newest choices of a history that a sample keeps."""
     batch_size: int = 32
@@ -29,8 +32,11 @@ class Interactions(Dataset):
     """Of the negatives, and of the synthetic log."""
 
     def __post_init__(self) -> None:
-        if self.path == "":
-            raise ValueError("data.path='' must name a file or folder")
+        for name in ("path", "like"):
+            if getattr(self, name) == "":
+                raise ValueError(f"data.{name}='' must name a file or folder")
+        if self.like is not None and self.path is None:
+            raise ValueError(f"data.like={self.like!r} is for another log; need data.path as well")
         for name in ("length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
@@ -47,6 +53,11 @@ class Interactions(Dataset):
         counts = {f"{n}_count": Param(declared[n].shape, declared[n].axes) for n in IDS}
         return declared | counts | {n: Param(row, ("batch",)) for n in ("labels", "weights")}
 
+    def elsewhere(self, path: str) -> "Interactions":
+        if self.path is None:
+            raise ValueError(f"data.path={path!r}: the model knows items of the synthetic log only")
+        return replace(self, path=path, like=self.like or self.path)
+
     def load(self) -> "Samples":
         """The samples of Zhou et al. 2018, as the released demo draws them.
 
@@ -58,7 +69,10 @@ class Interactions(Dataset):
           ValueError: a log that cannot be read (see `read_log`), a user who has chosen every item,
             or no pair for training or validation.
         """
-        log = synthetic_log(seed=self.seed) if self.path is None else read_log(self.path)
+        if self.path is None:
+            log = synthetic_log(seed=self.seed)
+        else:
+            log = read_log(self.path, None if self.like is None else read_log(self.like))
         source = "the synthetic log" if self.path is None else repr(self.path)
         negatives = draw_negatives(log, np.random.default_rng(self.seed), source)
         first = np.append(True, log.users[1:] != log.users[:-1])

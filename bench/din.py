@@ -1,6 +1,6 @@
 """Whether it helps to look at a user's history through the candidate.
 
-    python bench/din.py --steps 1000 --seeds 3
+    python bench/din.py --seeds 3
 
 Trains on a synthetic log (20 topics, users who like two or three of them) or on `--path`, and
 prints AUC, GAUC and the relative improvement of GAUC over sum pooling on the last choice of every
@@ -24,7 +24,9 @@ from bestiary.zoo.din import DIN, din
 MODELS: dict[str, dict[str, Any]] = {
     "sum pooling, sigmoid": dict(normalize=None, activation="sigmoid"),
     "sum pooling, Dice": dict(normalize=None, activation="dice"),
+    "sum pooling, PReLU": dict(normalize=None, activation="prelu"),
     "DIN, sigmoid": dict(normalize="none", activation="sigmoid"),
+    "DIN, PReLU": dict(normalize="none", activation="prelu"),
     "DIN, Dice": dict(normalize="none", activation="dice"),
     "DIN, Dice, softmax": dict(normalize="softmax", activation="dice"),
     "DIN, Dice, scaled softmax": dict(normalize="scaled_softmax", activation="dice"),
@@ -59,7 +61,7 @@ def trained(
 def main() -> None:
     parser = argparse.ArgumentParser(description="DIN beside sum pooling")
     parser.add_argument("--path", help="an interaction log instead of the synthetic one")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3)

@@ -263,7 +263,7 @@ def test_learns_what_users_like() -> None:
         ),
         (
             lambda: din(num_items=3, activation="relu"),
-            "activation: 'relu'; need one of dice, sigmoid",
+            "activation: 'relu'; need one of dice, prelu, sigmoid",
         ),
         (
             lambda: din(num_items=3, head_norm="layer"),

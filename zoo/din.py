@@ -8,11 +8,11 @@ from bestiary.layers.activations import Sigmoid
 from bestiary.layers.base import Array, Aux, Cost, Layer, Param, Tree, layer, positive
 from bestiary.layers.batch_norm import BatchNorm, run
 from bestiary.layers.din import LocalActivationUnit, Normalize, SumPooling
-from bestiary.layers.learned_activations import Dice
+from bestiary.layers.learned_activations import Dice, PReLU
 from bestiary.layers.linear import Embedding, Linear
 from bestiary.layers.perceptron import Perceptron
 
-Activation = Literal["dice", "sigmoid"]
+Activation = Literal["dice", "prelu", "sigmoid"]
 HeadNorm = Literal["affine", "batch"]
 
 
@@ -144,7 +144,8 @@ def din(
     width = dim * (2 if num_categories else 1)
 
     def activations(widths: tuple[int, ...]) -> tuple[Layer, ...]:
-        return tuple(Dice(dim=w) if activation == "dice" else Sigmoid() for w in widths)
+        kinds = {"dice": Dice, "prelu": PReLU}
+        return tuple(kinds[activation](dim=w) if activation in kinds else Sigmoid() for w in widths)
 
     pooling: Layer = SumPooling()
     if normalize is not None:

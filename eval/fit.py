@@ -38,7 +38,7 @@ def run(options: Fit) -> int:
     net = options.build(widths)
     data = {"rows": len(samples.y), "crc32": zlib.crc32(samples.x.tobytes() + samples.y.tobytes())}
     settings = {k: v for k, v in asdict(options).items() if k != "out"} | {"data": data}
-    report(out, once(out, settings, "fit", lambda: Regression(options, out, samples, net).run()))
+    report(out, once(out, settings, "fit", Regression(options, out, samples, net).run))
     return 0
 
 
@@ -51,15 +51,15 @@ class Regression:
         self.scaling = Scaling.of(train)
         self.train = self.scaling.apply(train)
         self.test = self.scaling.apply(test) if len(test.y) else None
-        self.params = jax.jit(net.init)(jax.random.key(options.seed))
-        self.started = time.monotonic()
+        self.params: Tree = None  # until it runs
         self.step = 0
         self.curve: list[tuple[int, float, float | None]] = []
         self.stages: dict[int, str] = {}  # first step -> what begins
 
     def run(self) -> dict[str, Any]:
         options, result = self.options, dict[str, Any]()
-        net = self.net
+        net, started = self.net, time.monotonic()
+        self.params = jax.jit(net.init)(jax.random.key(options.seed))
         print(
             f"{len(self.train[1])} rows to train on, {len(self.samples.y) - len(self.train[1])} to "
             f"test on; {training.num_trained(net)} parameters"
@@ -91,7 +91,7 @@ class Regression:
             result |= self.explain(states)
         save_params(self.out, self.params)
         self.draw_curves()
-        result["seconds"] = round(time.monotonic() - self.started)
+        result["seconds"] = round(time.monotonic() - started)
         return result
 
     def name(self) -> str:

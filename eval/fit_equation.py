@@ -23,19 +23,21 @@ from bestiary.train.files import put_figure
 from bestiary.train.fit import Network, Widths
 from bestiary.train.minimise import minimise
 
-INSIDE, EDGE = 2000, 400  # points of the residual and of the conditions
+POINTS, CANDIDATES = 2000, 8000  # of the residual, and those that they are drawn from
+ROUNDS = 10  # of training, each on new points
 GRID = 101  # points along either axis of the pictures
 LAYERS = {"poisson": "2,5,1", "burgers": "2,8,8,1"}
-STEPS = {"lbfgs": 400, "adam": 3000}
+STEPS = {"lbfgs": 1500, "adam": 3000}
 
 
 def solve(options: Fit) -> int:
     """Raises ValueError for options that an equation has no use for."""
     if len(options.grids) > 1 and options.intervals is not None:
         raise ValueError(f"intervals: {options.intervals!r}; need one number for an equation")
-    for name in ("prune", "symbolic", "target", "regularize"):
-        if getattr(options, name):
-            raise ValueError(f"{name}: not for {options.source}; only for tables")
+    for name in ("prune", "symbolic", "functions", "target", "regularize", "test_fraction"):
+        if getattr(options, name) != getattr(Fit, name):
+            shown = name.replace("_", "-")
+            raise ValueError(f"{shown}: not for {options.source}; only for tables")
     equation: Equation = EQUATIONS[options.source]()  # type: ignore[index]
     if options.viscosity is not None:
         equation = Burgers(options.viscosity)
@@ -56,7 +58,7 @@ def smooth_kan(options: Fit, widths: Widths) -> KANNet:
     n = 8 if options.intervals is None else options.grids[0]
     net = training.kan(widths, options.basis, n)
     if options.basis == "spline":
-        net = replace(net, basis=BSpline(num_intervals=n, outside="normalise"))
+        net = replace(net, basis=BSpline(num_intervals=n, outside="normalise", unroll=False))
     return net
 
 
@@ -66,50 +68,54 @@ def _run(options: Fit, equation: Equation, net: Network, out: Path) -> dict[str,
     radius = (np.array(equation.high) - equation.low) / 2
 
     def solution(params: Tree) -> Any:
-        return lambda points: net.apply(params, (points - middle) / radius)[..., 0]
+        return equation.given(lambda points: net.apply(params, (points - middle) / radius)[..., 0])
 
-    def loss(params: Tree, data: tuple[Array, Array, Array]) -> Array:
-        inside, edge, values = data
-        residual = equation.residual(solution(params), inside)
-        condition = solution(params)(edge) - values
-        return equation.residual_weight * (residual**2).mean() + (condition**2).mean()
+    def loss(params: Tree, points: Array) -> Array:
+        return (equation.residual(solution(params), points) ** 2).mean()
 
-    parts = (equation.inside(rng, INSIDE), *equation.conditions(rng, EDGE))
-    data = tuple(jnp.asarray(part, jnp.float32) for part in parts)
+    @jax.jit
+    def misses(params: Tree, points: Array) -> Array:
+        return jnp.abs(equation.residual(solution(params), points))
+
+    def redraw(params: Tree) -> Array:
+        """Points in proportion to 1 + |residual| / its mean (Wu et al. 2023, arXiv 2207.10289)."""
+        points = jnp.asarray(equation.inside(rng, CANDIDATES), jnp.float32)
+        miss = np.float64(misses(params, points))
+        share = 1 + miss / miss.mean()
+        return points[rng.choice(CANDIDATES, POINTS, replace=False, p=share / share.sum())]
+
+    points = jnp.asarray(equation.inside(rng, POINTS), jnp.float32)
     axes = [
         np.linspace(low, high, GRID) for low, high in zip(equation.low, equation.high, strict=True)
     ]
-    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
-    exact = equation.exact(points)
-    at_points = jax.jit(lambda params: solution(params)(jnp.asarray(points, jnp.float32)))
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+    exact = equation.exact(grid)
+    on_grid = jax.jit(lambda params: solution(params)(jnp.asarray(grid, jnp.float32)))
 
     def error(params: Tree) -> float:
         """Relative L2."""
-        return float(np.linalg.norm(at_points(params) - exact) / np.linalg.norm(exact))
+        return float(np.linalg.norm(on_grid(params) - exact) / np.linalg.norm(exact))
 
     params = jax.jit(net.init)(jax.random.key(options.seed))
     steps = options.steps or STEPS[options.optimizer]
-    print(f"{training.num_trained(net)} parameters, {INSIDE} points inside, {EDGE} at the edge")
-    x = jnp.asarray((parts[0] - middle) / radius, jnp.float32)
+    print(f"{training.num_trained(net)} parameters, {POINTS} points")
+    x = (points - middle) / radius
     curve, start = [], params
     for step, params, value in minimise(
         loss,
         net.declare(),
         start,
-        data,
+        points,
         steps=steps,
         method=options.optimizer,
         learning_rate=options.learning_rate,
-        chunk=max(5, steps // 40),
+        chunk=-(-steps // ROUNDS),
+        redraw=redraw,
     ):
         curve.append((step, float(value), error(params)))
-        if len(curve) % 8 == 0 or step == steps:
-            print(
-                f"step {step:5}  loss {curve[-1][1]:.3e}  relative error {curve[-1][2]:.3e}",
-                flush=True,
-            )
+        print(f"step {step:5}  loss {value:.3e}  relative error {curve[-1][2]:.3e}", flush=True)
     save_params(out, params)
-    found = np.asarray(at_points(params), np.float64)
+    found = np.asarray(on_grid(params), np.float64)
     _draw(out, equation, found, exact, curve)
     if isinstance(net, KANNet):
         figure = kan_picture.graph({"trained": (net, params)}, x, equation.names, ("u",))

@@ -65,7 +65,11 @@ class Fit:
             raise ValueError(f"viscosity: {self.viscosity}; only burgers has one")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: {self.steps}; need at least 1")
-        if self.regularize is not None and self.regularize < 0:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning-rate: {self.learning_rate}; need more than 0")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed}; need 0 or more")
+        if self.regularize is not None and not self.regularize >= 0:
             raise ValueError(f"regularize: {self.regularize}; need 0 or more")
         if self.network == "mlp" and (self.prune or self.symbolic):
             raise ValueError("network: mlp; need kan for --prune and --symbolic")
@@ -75,7 +79,11 @@ class Fit:
 
     @property
     def grids(self) -> list[int]:
-        return whole("intervals", self.intervals or "3,5,10")
+        """Raises ValueError where one is not finer than the one before."""
+        grids = whole("intervals", self.intervals or "3,5,10")
+        if grids != sorted(set(grids)):
+            raise ValueError(f"intervals: {self.intervals!r}; need each larger than the one before")
+        return grids
 
     @property
     def penalty_weight(self) -> float:

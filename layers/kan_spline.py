@@ -30,6 +30,9 @@ class BSpline(GridBasis):
     high: float = 1.0
     adaptive: bool = False
     noise: float = 0.1
+    unroll: bool = True
+    """Trace equal steps one by one. False: as one array, which runs slower, but second derivatives
+    of it compile several times as fast."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +99,9 @@ class BSpline(GridBasis):
     def equal_steps(self, z: Array) -> Array:
         u = (z - self.low) / self.step
         middle = (1 - self.order) / 2  # of the support of function 0
+        if not self.unroll:
+            j = jnp.arange(self.size, dtype=u.dtype)[:, None]
+            return cardinal(u[..., None, :] - (j + middle), self.order)
         return stack(lambda j: cardinal(u - (j + middle), self.order), self.size)
 
 

@@ -27,6 +27,7 @@ def minimise(
     chunk: int = 5,
     between: Callable[[Tree], Tree] | None = None,
     times: int = 0,
+    redraw: Callable[[Tree], Any] | None = None,
 ) -> Iterator[tuple[int, Tree, Array]]:
     """Yields (step, parameters, loss before that step) after every `chunk` steps and at the end.
 
@@ -34,7 +35,8 @@ def minimise(
     `loss` (hashable by identity) is compiled once per shape of the parameters. L-BFGS has a memory
     of 20 steps and a line search that chooses its own lengths; Adam's `learning_rate` falls to 0
     along a cosine over the `steps`. The first `times` chunks begin with `between` of the
-    parameters, such as new grids.
+    parameters, such as new grids; all but the first with `redraw` of them, other data of the same
+    shapes.
     """
     trained, frozen = split(declared, params)
     tx = transformation(method, learning_rate, steps)
@@ -42,8 +44,11 @@ def minimise(
     for step in range(0, steps, chunk):
         if between is not None and step < times * chunk:
             trained, frozen = split(declared, between(merge(trained, frozen)))
-            if method == "lbfgs":  # what it remembers is of another function
-                state = tx.init(trained)
+        if redraw is not None and step:
+            data = redraw(merge(trained, frozen))
+        new = (between is not None and step < times * chunk) or redraw is not None
+        if new and method == "lbfgs":  # what it remembers is of another function
+            state = tx.init(trained)
         n = min(chunk, steps - step)
         trained, state, value = advance(
             loss, method, learning_rate, steps, n, trained, frozen, state, data

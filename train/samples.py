@@ -2,6 +2,7 @@
 
 import csv
 import math
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,13 +112,19 @@ def _number(cell: str) -> float | None:
 
 
 def _read_npz(file: Path) -> Samples:
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{file}: no .npz archive; need what numpy.savez writes")
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = {name: np.asarray(arrays[name], np.float64) for name in ("x", "y")}
-    except KeyError as error:
-        raise ValueError(f"{file}: no array {error.args[0]}; need x and y") from None
+            found = {name: arrays[name] for name in ("x", "y") if name in arrays}
     except Exception as error:  # a broken archive raises what its part of it does
         raise ValueError(f"{file}: cannot be read: {error}") from None
+    for name in ("x", "y"):
+        if name not in found:
+            raise ValueError(f"{file}: no array {name}; need x and y")
+        if found[name].dtype.kind not in "biuf":
+            raise ValueError(f"{file}: {name}: {found[name].dtype}; need real numbers")
+        found[name] = found[name].astype(np.float64)
     x, y = found["x"], found["y"]
     x = x[:, None] if x.ndim == 1 else x
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y

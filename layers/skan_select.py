@@ -120,10 +120,10 @@ def _selected(layer: Layer, params: Tree) -> tuple[Layer, Tree]:
         parts: list[tuple[Layer, Tree]] = []
         for i, member in enumerate(layer.layers):
             left, kept = _selected(member, params[str(i)])
-            flat = isinstance(member, Repeat) and isinstance(left, Chain)
-            parts += (
-                [(m, kept[str(j)]) for j, m in enumerate(left.layers)] if flat else [(left, kept)]
-            )
+            if isinstance(member, Repeat) and isinstance(left, Chain):
+                parts += [(m, kept[str(j)]) for j, m in enumerate(left.layers)]
+            else:
+                parts.append((left, kept))
         return _chain(parts)
     spec, fields = layer.spec(), {}
     for name in spec:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import freed_memory
 import jax
 import numpy as np
 import peers
@@ -219,13 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     # both workers keep freed memory: glibc would hand it back to the kernel after every step
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "MALLOC_MMAP_THRESHOLD_": "2000000000",
-        "MALLOC_TRIM_THRESHOLD_": "4000000000",
-        "MALLOC_TOP_PAD_": "400000000",
-        "MALLOC_ARENA_MAX": "1",
-    }
+    os.environ |= {"JAX_PLATFORMS": "cpu"} | freed_memory.KEEP
     known = layers(options.dim)
     names = options.layers.split(",") if options.layers else list(known)
     if unknown := [name for name in names if name not in known]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import freed_memory
 import jax
 import numpy as np
 
@@ -191,13 +192,7 @@ def main() -> None:
     parser.add_argument("--parts", default="lengths,peer", help="lengths, peer or both")
     options = parser.parse_args()
     # freed memory is kept: glibc would hand it back to the kernel after every step
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "MALLOC_MMAP_THRESHOLD_": "2000000000",
-        "MALLOC_TRIM_THRESHOLD_": "4000000000",
-        "MALLOC_TOP_PAD_": "400000000",
-        "MALLOC_ARENA_MAX": "1",
-    }
+    os.environ |= {"JAX_PLATFORMS": "cpu"} | freed_memory.KEEP
     if "peer" in options.parts:
         beside_transformers(options)
     if "lengths" in options.parts:

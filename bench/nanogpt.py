@@ -17,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import freed_memory
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -169,12 +170,7 @@ def compare(rounds: int, steps: int) -> None:
 
     Both keep freed memory (glibc would hand it back to the kernel after every step).
     """
-    os.environ |= {
-        "MALLOC_MMAP_THRESHOLD_": "2000000000",
-        "MALLOC_TRIM_THRESHOLD_": "4000000000",
-        "MALLOC_TOP_PAD_": "400000000",
-        "MALLOC_ARENA_MAX": "1",
-    }
+    os.environ |= freed_memory.KEEP
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,6 @@ from bestiary.train.experiment import Experiment, language_model
 from bestiary.train.objective import Batch, context, head_losses
 from bestiary.train.tokenizer import Tokenizer
 from bestiary.zoo.decoder import Decoder
-
-D = TypeVar("D", bound=Dataset)
 
 SPARSITY_BATCHES = 16
 

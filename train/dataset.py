@@ -87,12 +87,14 @@ class Loaded:
 class Table(Loaded):
     """Rows [n, ...] of several arrays, alike in n."""
 
-    draws: ClassVar[int] = 0
-    """How many random numbers `vary` takes for a row."""
-
     data: Dataset
     training_rows: Batch
     validation_rows: Batch
+
+    @property
+    def draws(self) -> int:
+        """How many random numbers `vary` takes for a row; 0 where rows do not vary."""
+        return 0
 
     @property
     def validation_batches(self) -> int:

@@ -67,7 +67,6 @@ class Images(Dataset):
                 )
         if not all(value > 0 for value in self.std):
             raise ValueError(f"data.std: {self.std}; need more than 0")
-
         most = min(self.height, self.width) - 1
         if not 0 <= self.shift <= most:
             raise ValueError(f"data.shift: {self.shift}; need 0 to {most}, less than the image")
@@ -173,9 +172,11 @@ class Images(Dataset):
 class LoadedImages(Table):
     """Images uint8 [n, height, width, channels] as "inputs", their classes as "targets"."""
 
-    draws: ClassVar[int] = 3
-
     data: Images
+
+    @property
+    def draws(self) -> int:
+        return 3 if self.data.flip or self.data.shift else 0
 
     def vary(self, rows: Batch, draws: np.ndarray) -> Batch:
         images, by = rows["inputs"], self.data.shift

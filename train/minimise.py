@@ -42,12 +42,14 @@ def minimise(
     tx = transformation(method, learning_rate, steps)
     state = tx.init(trained)
     for step in range(0, steps, chunk):
+        changed = False
         if between is not None and step < times * chunk:
             trained, frozen = split(declared, between(merge(trained, frozen)))
+            changed = True
         if redraw is not None and step:
             data = redraw(merge(trained, frozen))
-        new = (between is not None and step < times * chunk) or redraw is not None
-        if new and method == "lbfgs":  # what it remembers is of another function
+            changed = True
+        if changed and method == "lbfgs":  # what it remembers is of another function
             state = tx.init(trained)
         n = min(chunk, steps - step)
         trained, state, value = advance(

@@ -13,7 +13,7 @@ train: $(VENV)/.base
 	@echo "curves: $(RUN)/curves.png"
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from bestiary.eval import libtpu  # imports no JAX
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# most of the suite's time is compilation; XLA's own passes run all the same, LLVM's are fewer
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )

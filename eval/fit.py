@@ -15,7 +15,7 @@ from bestiary.eval.fit_folder import once, save_params
 from bestiary.eval.fit_options import Fit, report
 from bestiary.eval.kan_attribution import num_edges, penalty, prune
 from bestiary.eval.kan_formula import Sum, formulas
-from bestiary.eval.kan_symbolic import Edge, fit_edges, symbolic, tables
+from bestiary.eval.kan_symbolic import SIMPLICITY, Edge, fit_edges, ranked, symbolic, tables
 from bestiary.layers.base import Array, Param, Tree
 from bestiary.layers.kan_net import KANNet, refine_grids
 from bestiary.train import fit as training
@@ -26,6 +26,7 @@ from bestiary.train.minimise import minimise
 from bestiary.train.samples import Samples, example, read
 
 SHOWN = 2000  # rows that edges are scored and shown on
+SIMPLICITIES = (SIMPLICITY, 0.5, 0.2, 0.0)  # of formulas, until one is close enough
 
 
 def run(options: Fit) -> int:
@@ -141,7 +142,7 @@ class Regression:
         outputs, found = (self.samples.target,), dict[str, Any]()
         if self.options.symbolic:
             edges = fit_edges(net, params, x, (*self.options.functions.split(","), "0"))
-            found = self.formula(net, params, edges)
+            found, edges = self.formula(net, params, edges)
         else:
             edges = list(tables(net, params, x))
         figure = kan_picture.graph(states, x, names, outputs)
@@ -150,7 +151,21 @@ class Regression:
         put_figure(self.out / "edges.png", figure)
         return found
 
-    def formula(self, net: KANNet, params: Tree, edges: list[Edge]) -> dict[str, Any]:
+    def formula(
+        self, net: KANNet, params: Tree, edges: list[Edge]
+    ) -> tuple[dict[str, Any], list[Edge]]:
+        """The simplest functions that err little more than the network, else those that err least;
+        and the edges, those first among their fits."""
+        enough = max(2 * self.errors()["rmse_train"], 0.01 * self.scaling.std)
+        tried = []
+        for simplicity in SIMPLICITIES:
+            chosen = ranked(edges, simplicity)
+            tried.append((self.written(net, params, chosen), chosen))
+            if tried[-1][0]["rmse_formula"] <= enough:
+                break
+        return min(tried, key=lambda found: np.nan_to_num(found[0]["rmse_formula"], nan=np.inf))
+
+    def written(self, net: KANNet, params: Tree, edges: list[Edge]) -> dict[str, Any]:
         """Named functions on all edges, their coefficients trained on, and the whole as text."""
         named, coefficients = symbolic(net, params, edges)
 

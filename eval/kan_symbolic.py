@@ -60,11 +60,10 @@ class Fit(NamedTuple):
     def __call__(self, x: np.ndarray) -> np.ndarray:
         return self.a * FUNCTIONS[self.name].of(np, self.b * x + self.c) + self.d
 
-    @property
-    def loss(self) -> float:
+    def loss(self, simplicity: float = SIMPLICITY) -> float:
         """Simplicity and closeness in one number (pykan's)."""
         missing = np.log2(1 + _NOISE - min(self.r2, 1.0))
-        return SIMPLICITY * FUNCTIONS[self.name].complexity + (1 - SIMPLICITY) * float(missing)
+        return simplicity * FUNCTIONS[self.name].complexity + (1 - simplicity) * float(missing)
 
 
 def fit(x: np.ndarray, y: np.ndarray, name: str) -> Fit:
@@ -106,7 +105,7 @@ def _line(
 
 def suggest(x: np.ndarray, y: np.ndarray, names: tuple[str, ...] = tuple(FUNCTIONS)) -> list[Fit]:
     """Fits of y at x, both [n], the best compromise between closeness and simplicity first."""
-    return sorted((fit(x, y, name) for name in names), key=lambda f: f.loss)
+    return sorted((fit(x, y, name) for name in names), key=Fit.loss)
 
 
 class Edge(NamedTuple):
@@ -143,6 +142,14 @@ def fit_edges(
 ) -> list[Edge]:
     """`tables` with fits by the functions of those names."""
     return [edge._replace(fits=suggest(edge.x, edge.y, names)) for edge in tables(net, params, x)]
+
+
+def ranked(found: list[Edge], simplicity: float) -> list[Edge]:
+    """The edges with their fits in the order of another `simplicity`, from 0 (closeness alone) to 1
+    (simplicity alone)."""
+    return [
+        edge._replace(fits=sorted(edge.fits, key=lambda f: f.loss(simplicity))) for edge in found
+    ]
 
 
 class SymbolicNet(NamedTuple):

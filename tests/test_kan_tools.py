@@ -11,7 +11,16 @@ from arrays import close, draw
 from bestiary.eval.kan_attribution import attribute, edge_scores, num_edges, penalty, prune
 from bestiary.eval.kan_formula import Sum, formulas
 from bestiary.eval.kan_picture import edge_curves, graph
-from bestiary.eval.kan_symbolic import FUNCTIONS, fit, fit_edges, suggest, symbolic, tables
+from bestiary.eval.kan_symbolic import (
+    FUNCTIONS,
+    Edge,
+    fit,
+    fit_edges,
+    ranked,
+    suggest,
+    symbolic,
+    tables,
+)
 from bestiary.layers.kan import edges
 from bestiary.layers.kan_bases import RBF
 from bestiary.layers.kan_net import KANNet
@@ -128,6 +137,18 @@ def test_the_simplest_close_function_comes_first(name: str, f):
     best = suggest(x, f(x))[0]
     assert best.name == name
     np.testing.assert_allclose(best(x), f(x), atol=1e-3)
+
+
+def test_ranks_between_simplicity_and_closeness():
+    """No function is close to this one: the simplest is 0, the closest what explains most of it."""
+    x = np.linspace(-1, 1, 120)
+    y = np.sin(3 * x) + np.abs(x - 0.3)
+    edge = Edge(0, 0, 0, x, y, suggest(x, y))
+    (simple,), (close_by,) = ranked([edge], 1.0), ranked([edge], 0.0)
+    assert simple.fits[0].name == "0"
+    left = [np.square(f(x) - edge.y).mean() for f in edge.fits]
+    np.testing.assert_allclose(np.square(close_by.fits[0](x) - edge.y).mean(), min(left))
+    assert min(left) < 0.5 * np.square(simple.fits[0](x) - edge.y).mean()
 
 
 def read(text: str, **values: np.ndarray) -> np.ndarray:

@@ -157,9 +157,10 @@ class Regression:
         """The simplest functions that err little more than the network, else those that err least;
         and the edges, those first among their fits."""
         enough = max(2 * self.errors()["rmse_train"], 0.01 * self.scaling.std)
+        choices = [ranked(edges, simplicity) for simplicity in SIMPLICITIES]
         tried = []
-        for simplicity in SIMPLICITIES:
-            chosen = ranked(edges, simplicity)
+        # orders with the same functions in front are one formula
+        for chosen in {tuple(edge.fits[0] for edge in c): c for c in choices}.values():
             tried.append((self.written(net, params, chosen), chosen))
             if tried[-1][0]["rmse_formula"] <= enough:
                 break
